@@ -1,0 +1,534 @@
+"""A Llama as one readable file: config, network, Hugging Face weights, tokenizer.
+
+The network is that of Touvron et al. 2023 (arXiv 2302.13971) and its descendants, layers of
+
+    x = x + Attention(RMSNorm(x))
+    x = x + MLP(RMSNorm(x)),    MLP(y) = W_down (silu(W_gate y) * W_up y)
+
+with rotary positions (Su et al. 2021, arXiv 2104.09864) and grouped-query attention (Ainslie et
+al. 2023, arXiv 2305.13245). Modules carry the names of Hugging Face checkpoints, so weights load
+without a mapping.
+
+Nothing here knows how keys and values are stored. Each layer hands its q, k, v to
+`cache.attend(layer, q, k, v)` and gets the attention's output back; without a cache it attends
+causally within the tokens it was given. A cache has a `length` (tokens seen so far), and any number
+of tokens may come at any time: a prompt, a chunk, one token.
+
+`python model.py` loads the embedded model and continues a sentence.
+"""
+
+import base64
+import codecs
+import json
+import math
+import os
+import unicodedata
+from dataclasses import dataclass
+from pathlib import Path
+
+import tiktoken
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+
+class InputError(Exception):
+    """Bad input, in one line: the thing, the value, the way out. Programs print it and exit 2."""
+
+
+# --------------------------------------------------------------------------------------------------
+# Configuration
+
+@dataclass
+class Config:
+    vocab_size: int
+    dim: int
+    n_layers: int
+    n_heads: int
+    kv_heads: int  # each serves G = n_heads / kv_heads query heads
+    head_dim: int  # m: the length of one key or value vector
+    ffn_dim: int
+    context: int  # positions the model was trained for
+    norm_eps: float = 1e-5
+    rope_theta: float = 10000.0
+    rope_scaling: dict | None = None  # Llama 3.1's "llama3" parameters, or None for plain RoPE
+    qkv_bias: bool = False  # Qwen2 and attention_bias
+    out_bias: bool = False  # attention_bias
+    tied: bool = False  # the output layer shares the embedding's weights
+    bos_id: int | None = None
+    eos_ids: tuple = ()
+    model_type: str = "llama"
+
+    @classmethod
+    def from_hf(cls, hf):
+        """Config from the dict of a config.json. What we do not compute is refused by name."""
+        def need(key):
+            if hf.get(key) is None:
+                raise InputError(f"config.json has no '{key}': it does not describe a Llama")
+            return hf[key]
+
+        def refuse(key, value, known):
+            raise InputError(f"config.json: {key} = {value!r} is not supported; needed: {known}")
+
+        model_type = hf.get("model_type")
+        if model_type not in ("llama", "mistral", "qwen2"):
+            refuse("model_type", model_type, "llama, mistral, qwen2")
+        if hf.get("quantization_config"):
+            method = hf["quantization_config"].get("quant_method")
+            refuse("quantization_config", method, "unquantised weights")
+        if hf.get("hidden_act", "silu") != "silu":
+            refuse("hidden_act", hf["hidden_act"], "silu")
+        if hf.get("mlp_bias"):
+            refuse("mlp_bias", True, "false")
+        context = need("max_position_embeddings")
+        window = hf.get("sliding_window")
+        sliding = hf.get("use_sliding_window", model_type == "mistral") and window is not None
+        kinds = set(hf.get("layer_types") or ["full_attention"])
+        if sliding and window < context or kinds != {"full_attention"}:
+            refuse("sliding_window", window, "full attention in every layer")
+
+        # Two spellings: rope_theta and rope_scaling, or (transformers 5) both in rope_parameters.
+        rope = {"rope_theta": hf.get("rope_theta"), **(hf.get("rope_scaling") or {}),
+                **(hf.get("rope_parameters") or {})}
+        rope_type = rope.get("rope_type", rope.get("type", "default"))
+        if rope_type not in ("default", "llama3"):
+            refuse("rope type", rope_type, "default, llama3")
+        partial = hf.get("partial_rotary_factor", rope.get("partial_rotary_factor", 1.0))
+        if partial != 1.0:
+            refuse("partial_rotary_factor", partial, "1.0")
+        scaling = None
+        if rope_type == "llama3":
+            names = ["factor", "low_freq_factor", "high_freq_factor"]
+            names.append("original_max_position_embeddings")
+            missing = [name for name in names if name not in rope]
+            if missing:
+                raise InputError(f"config.json: RoPE scaling llama3 lacks {', '.join(missing)}")
+            scaling = {name: float(rope[name]) for name in names}
+
+        dim, n_heads = need("hidden_size"), need("num_attention_heads")
+        kv_heads = hf.get("num_key_value_heads") or n_heads
+        if n_heads % kv_heads:
+            refuse("num_key_value_heads", kv_heads, f"a divisor of {n_heads} attention heads")
+        attention_bias, eos = bool(hf.get("attention_bias")), hf.get("eos_token_id")
+        return cls(
+            vocab_size=need("vocab_size"), dim=dim, n_layers=need("num_hidden_layers"),
+            n_heads=n_heads, kv_heads=kv_heads, head_dim=hf.get("head_dim") or dim // n_heads,
+            ffn_dim=need("intermediate_size"), context=context,
+            norm_eps=hf.get("rms_norm_eps", 1e-6), rope_scaling=scaling,
+            rope_theta=float(rope["rope_theta"] or 10000.0), out_bias=attention_bias,
+            qkv_bias=attention_bias or model_type == "qwen2", model_type=model_type,
+            tied=bool(hf.get("tie_word_embeddings")), bos_id=hf.get("bos_token_id"),
+            eos_ids=tuple(eos) if isinstance(eos, list) else () if eos is None else (eos,))
+
+    @classmethod
+    def from_pretrained(cls, name_or_path):
+        """Config of a local folder, a config.json file or a Hub id."""
+        hf = read_json(find_file(name_or_path, "config.json"))
+        generation = find_file(name_or_path, "generation_config.json", required=False)
+        eos = read_json(generation).get("eos_token_id") if generation else None
+        if eos is not None:  # chat models name their end-of-turn token only here
+            hf["eos_token_id"] = eos
+        return cls.from_hf(hf)
+
+    def to_hf(self):
+        """The dict of this model's config.json."""
+        scaling = self.rope_scaling and {"rope_type": "llama3", **self.rope_scaling}
+        return {
+            "architectures": ["LlamaForCausalLM"], "model_type": self.model_type,
+            "vocab_size": self.vocab_size, "hidden_size": self.dim, "hidden_act": "silu",
+            "num_hidden_layers": self.n_layers, "num_attention_heads": self.n_heads,
+            "num_key_value_heads": self.kv_heads, "head_dim": self.head_dim,
+            "intermediate_size": self.ffn_dim, "max_position_embeddings": self.context,
+            "rms_norm_eps": self.norm_eps, "rope_theta": self.rope_theta, "rope_scaling": scaling,
+            "attention_bias": self.out_bias, "tie_word_embeddings": self.tied,
+            "bos_token_id": self.bos_id, "eos_token_id": list(self.eos_ids),
+            "torch_dtype": "bfloat16"}
+
+
+# --------------------------------------------------------------------------------------------------
+# Network
+
+def rope_frequencies(config):
+    """Angular frequencies of the head_dim / 2 rotary pairs, (m / 2,) float32, on the CPU.
+
+    Plain: theta^(-2i/m). Llama 3.1's scaling divides the low ones by `factor` (they turn too slowly
+    to complete a cycle within the context first trained for), keeps the high ones, blends between.
+    """
+    m = config.head_dim
+    frequency = config.rope_theta ** (-torch.arange(0, m, 2, device="cpu") / m)  # (m / 2,)
+    if config.rope_scaling is None:
+        return frequency
+    scaling = config.rope_scaling
+    low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
+    cycles = scaling["original_max_position_embeddings"] * frequency / (2 * math.pi)
+    blend = ((cycles - low) / (high - low)).clamp(0, 1)  # 0: low frequency, 1: high frequency
+    return frequency * (blend + (1 - blend) / scaling["factor"])
+
+
+def rotate(x, cos, sin):
+    """Rotary embedding of x (B, H, T, m) by cos, sin (T, m). Pair i is elements i and i + m / 2."""
+    first, second = x.chunk(2, dim=-1)
+    return x * cos + torch.cat((-second, first), dim=-1) * sin
+
+
+class Attention(nn.Module):
+    def __init__(self, config, layer):
+        super().__init__()
+        self.layer, self.head_dim = layer, config.head_dim
+        q_dim, kv_dim = config.n_heads * config.head_dim, config.kv_heads * config.head_dim
+        self.q_proj = nn.Linear(config.dim, q_dim, bias=config.qkv_bias)
+        self.k_proj = nn.Linear(config.dim, kv_dim, bias=config.qkv_bias)
+        self.v_proj = nn.Linear(config.dim, kv_dim, bias=config.qkv_bias)
+        self.o_proj = nn.Linear(q_dim, config.dim, bias=config.out_bias)
+
+    def forward(self, x, cos, sin, cache):
+        B, T, _ = x.shape
+        q, k, v = (project(x).view(B, T, -1, self.head_dim).transpose(1, 2)  # (B, H, T, m)
+                   for project in (self.q_proj, self.k_proj, self.v_proj))
+        q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+        if cache is None:
+            out = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+        else:
+            out = cache.attend(self.layer, q, k, v)  # (B, H, T, m)
+        return self.o_proj(out.transpose(1, 2).reshape(B, T, -1))
+
+
+class MLP(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.gate_proj = nn.Linear(config.dim, config.ffn_dim, bias=False)
+        self.up_proj = nn.Linear(config.dim, config.ffn_dim, bias=False)
+        self.down_proj = nn.Linear(config.ffn_dim, config.dim, bias=False)
+
+    def forward(self, x):
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class Layer(nn.Module):
+    def __init__(self, config, layer):
+        super().__init__()
+        self.self_attn = Attention(config, layer)
+        self.mlp = MLP(config)
+        self.input_layernorm = nn.RMSNorm(config.dim, eps=config.norm_eps)
+        self.post_attention_layernorm = nn.RMSNorm(config.dim, eps=config.norm_eps)
+
+    def forward(self, x, cos, sin, cache):
+        x = x + self.self_attn(self.input_layernorm(x), cos, sin, cache)
+        if x.shape[1] <= 4096:
+            return x + self.mlp(self.post_attention_layernorm(x))
+        # A long prompt passes the MLP in pieces: its hidden layer is the widest tensor of all.
+        return torch.cat([part + self.mlp(self.post_attention_layernorm(part))
+                          for part in x.split(4096, dim=1)], dim=1)
+
+
+class Llama(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.dim)
+        self.layers = nn.ModuleList(Layer(config, i) for i in range(config.n_layers))
+        self.norm = nn.RMSNorm(config.dim, eps=config.norm_eps)
+        if not config.tied:
+            self.lm_head = nn.Linear(config.dim, config.vocab_size, bias=False)
+        self._frequencies = rope_frequencies(config)  # (m / 2,)
+
+    def forward(self, tokens, cache=None, last_only=False):
+        """Logits (B, T, vocab) for tokens (B, T) int64, or (B, 1, vocab) with last_only.
+
+        The tokens follow those already in the cache, and are appended to it.
+        """
+        x = self.embed_tokens(tokens)  # (B, T, dim)
+        start = 0 if cache is None else cache.length
+        positions = start + torch.arange(tokens.shape[1], device=x.device)  # (T,)
+        angle = positions[:, None].float() * self.frequencies(x.device)  # (T, m / 2)
+        angle = torch.cat((angle, angle), dim=-1)  # (T, m)
+        cos, sin = angle.cos().to(x.dtype), angle.sin().to(x.dtype)
+        for layer in self.layers:
+            x = layer(x, cos, sin, cache)
+        x = self.norm(x[:, -1:] if last_only else x)
+        head = self.embed_tokens if self.config.tied else self.lm_head
+        return F.linear(x, head.weight)
+
+    def frequencies(self, device):
+        """Rotary frequencies, on the device. Not a buffer: they stay float32 in a bf16 model."""
+        if self._frequencies.device != device:
+            self._frequencies = self._frequencies.to(device)
+        return self._frequencies
+
+    def init_weights(self):
+        """GPT-2's initialisation: normal(0.02), less for the projections that write to x."""
+        for name, parameter in self.named_parameters():
+            if name.endswith(("o_proj.weight", "down_proj.weight")):
+                nn.init.normal_(parameter, std=0.02 / math.sqrt(2 * self.config.n_layers))
+            elif parameter.dim() == 2:
+                nn.init.normal_(parameter, std=0.02)
+            else:
+                nn.init.constant_(parameter, 0.0 if name.endswith("bias") else 1.0)
+        return self
+
+    @classmethod
+    def random(cls, config, device=None, dtype=None):
+        """Random weights in any shape, made on the device: for measuring without a download."""
+        with torch.device("meta"):
+            model = cls(config).to(dtype or torch.float32)
+        return model.to_empty(device=device or best_device()).init_weights().eval()
+
+    @classmethod
+    def from_pretrained(cls, name_or_path, device=None, dtype=None):
+        """Model of a local folder, a Hub id, or "tiny", the embedded one.
+
+        The network is built without memory (meta device) and its weights are put in place one at a
+        time. On a CPU they are the file's own pages, mapped and never copied, unless dtype asks for
+        a conversion. Default device: the best there is; dtype: the file's. Raises InputError.
+        """
+        config, device = Config.from_pretrained(name_or_path), device or best_device()
+        with torch.device("meta"):
+            model = cls(config)
+        expected, problems = dict(model.named_parameters()), []
+        for path in weight_files(name_or_path):
+            try:
+                with safe_open(path, "pt") as file:
+                    for name in file.keys():
+                        short = name.removeprefix("model.")
+                        if name.endswith("inv_freq") or config.tied and name == "lm_head.weight":
+                            continue  # some files carry what is computed here, or a tied weight
+                        parameter, tensor = expected.pop(short, None), file.get_tensor(name)
+                        if parameter is None:
+                            problems.append(f"{name} is unexpected")
+                        elif tensor.shape != parameter.shape:
+                            shapes = f"{list(tensor.shape)}, not {list(parameter.shape)}"
+                            problems.append(f"{name} has shape {shapes}")
+                        elif not tensor.is_floating_point() or tensor.itemsize < 2:
+                            problems.append(f"{name} is quantised ({tensor.dtype})")
+                        else:
+                            module, _, leaf = short.rpartition(".")
+                            weight = nn.Parameter(tensor.to(device, dtype), requires_grad=False)
+                            setattr(model.get_submodule(module), leaf, weight)
+            except (SafetensorError, OSError) as error:
+                raise InputError(f"{path} is damaged ({error}); fetch it again") from None
+        problems += [f"{name} is missing" for name in expected]
+        if problems:
+            raise InputError(f"weights of '{name_or_path}' do not fit its config.json: "
+                             + "; ".join(problems))
+        return model.eval()
+
+    def save_pretrained(self, folder, dtype=torch.bfloat16):
+        """Write config.json and model.safetensors in Hugging Face's layout, never half a file."""
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        state = {name if name == "lm_head.weight" else f"model.{name}": parameter.detach().to(dtype)
+                 for name, parameter in self.named_parameters()}
+        save_file(state, folder / "model.part", metadata={"format": "pt"})
+        os.replace(folder / "model.part", folder / "model.safetensors")
+        (folder / "config.part").write_text(json.dumps(self.config.to_hf(), indent=2) + "\n")
+        os.replace(folder / "config.part", folder / "config.json")
+
+
+# --------------------------------------------------------------------------------------------------
+# Files: a local folder, or the Hugging Face Hub
+
+def best_device():
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def find_file(name_or_path, filename, required=True):
+    """Path of one file of a model: "tiny" (the embedded one), a local folder, or a Hub id.
+
+    A bare config.json will do where a shape is wanted without weights. Files that are not required
+    may be absent: then None.
+    """
+    folder = Path(__file__).parent / "tiny" if str(name_or_path) == "tiny" else Path(name_or_path)
+    if folder.is_file() and folder.suffix == ".json":
+        path = folder if filename == "config.json" else folder.parent / filename
+    else:
+        path = folder / filename
+    if path.is_file():
+        return path
+    if folder.exists() or folder.is_absolute() or len(folder.parts) != 2:  # a Hub id is owner/name
+        if not required:
+            return None
+        reason = f"has no {filename}" if folder.exists() else "does not exist"
+        raise InputError(f"model '{name_or_path}' {reason}; give a folder in Hugging Face layout, "
+                         f"or a Hub id (owner/name)")
+    from huggingface_hub import errors, hf_hub_download  # here, for its import takes a while
+    try:
+        return Path(hf_hub_download(str(name_or_path), filename))
+    except (errors.HfHubHTTPError, errors.HFValidationError, OSError) as error:
+        if isinstance(error, errors.RemoteEntryNotFoundError) and not required:
+            return None
+        reason = str(error).strip().splitlines()[0]
+        raise InputError(f"model '{name_or_path}': no folder of that name, and no {filename} came "
+                         f"from the Hub; check name, network and login ({reason})") from None
+
+
+def read_json(path):
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8"))
+    except (ValueError, OSError) as error:
+        raise InputError(f"{path} is not readable JSON ({error}); fetch it again") from None
+
+
+def weight_files(name_or_path):
+    """The safetensors files of a model: one, or the shards that its index names."""
+    index = find_file(name_or_path, "model.safetensors.index.json", required=False)
+    if index is None:
+        return [find_file(name_or_path, "model.safetensors")]
+    shards = set(read_json(index)["weight_map"].values())
+    return [find_file(name_or_path, shard) for shard in sorted(shards)]
+
+
+# --------------------------------------------------------------------------------------------------
+# Tokenizer: byte-level BPE, run by tiktoken
+
+GPT2_SPLIT = r"'(?:s|t|re|ve|m|ll|d)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+# The same once every digit stands alone (SmolLM2): white space before a digit now ends its piece.
+DIGITS_SPLIT = (r"\p{N}|'(?:s|t|re|ve|m|ll|d)| ?\p{L}+| ?[^\s\p{L}\p{N}]+"
+                r"|\s+(?![^\s\p{N}])|\s+")
+LLAMA3_SPLIT = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
+                r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+")
+LLAMA3_SPECIAL = {"<|begin_of_text|>": 128000, "<|end_of_text|>": 128001,
+                  "<|start_header_id|>": 128006, "<|end_header_id|>": 128007, "<|eot_id|>": 128009}
+
+
+class Tokenizer:
+    """Text to ids and back. Text is only ever text: special tokens are in `special`, by name."""
+
+    def __init__(self, encode_text, token_bytes, special, bos_id):
+        self.encode_text = encode_text  # str -> list of ids
+        self.token_bytes = token_bytes  # id -> bytes
+        self.special = special  # name -> id
+        self.bos_id = bos_id  # put before a text, or None where the model expects nothing there
+
+    def encode(self, text, bos=True):
+        return [self.bos_id] * (bos and self.bos_id is not None) + self.encode_text(text)
+
+    def decode(self, ids):
+        return b"".join(self.token_bytes.get(i, b"") for i in ids).decode("utf-8", errors="replace")
+
+    def stream(self):
+        """A function id -> text for printing token by token: half a character waits for the rest.
+
+        Called with None, at the end, it gives what is left.
+        """
+        decoder = codecs.getincrementaldecoder("utf-8")("replace")
+        return lambda i: decoder.decode(self.token_bytes.get(i, b""), final=i is None)
+
+    @classmethod
+    def from_pretrained(cls, name_or_path):
+        """From tokenizer.json, or else from a tokenizer.model in tiktoken's format (Llama 3)."""
+        path = find_file(name_or_path, "tokenizer.json", required=False)
+        if path:
+            return cls._from_json(path)
+        path = find_file(name_or_path, "tokenizer.model", required=False)
+        if path is None:
+            raise InputError(f"model '{name_or_path}' has no tokenizer.json; add it to the folder")
+        try:
+            pairs = (line.split() for line in path.read_bytes().splitlines() if line)
+            ranks = {base64.b64decode(token, validate=True): int(rank) for token, rank in pairs}
+        except ValueError:
+            raise InputError(f"{path} is not in tiktoken's format; add a tokenizer.json") from None
+        special = dict(LLAMA3_SPECIAL)
+        named = find_file(name_or_path, "tokenizer_config.json", required=False)
+        if named:
+            added = read_json(named).get("added_tokens_decoder", {})
+            special.update((token["content"], int(i)) for i, token in added.items())
+        bpe = tiktoken.Encoding("llama3", pat_str=LLAMA3_SPLIT, mergeable_ranks=ranks,
+                                special_tokens={})
+        token_bytes = {i: token for token, i in ranks.items()}
+        return cls(bpe.encode_ordinary, token_bytes, special, special["<|begin_of_text|>"])
+
+    @classmethod
+    def _from_json(cls, path):
+        hf = read_json(path)
+        model, vocab = hf["model"], hf["model"]["vocab"]
+        special = {token["content"]: token["id"] for token in hf["added_tokens"]}
+        bos_id = special.get(first_template_token(hf.get("post_processor")))
+        steps = hf.get("pre_tokenizer") or {}
+        steps = steps.get("pretokenizers", [steps])
+        if not any(step.get("type") == "ByteLevel" for step in steps):
+            return cls(*other_tokenizer(path, vocab, special), special, bos_id)
+        form = (hf.get("normalizer") or {}).get("type")
+        split = split_pattern(steps)
+        if form not in (None, "NFC", "NFKC", "NFD", "NFKD") or split is None:
+            names = [step.get("type") for step in steps]
+            raise InputError(f"{path}: normalizer {form} with pre-tokenizer {names} is not "
+                             "supported; known are those of GPT-2, Llama 3, Qwen2 and SmolLM2")
+        # A merge's place in the list is its priority. tiktoken has one number for priority and id:
+        # it gets the priority, and to_id maps that to the id (some vocabularies follow no order).
+        to_byte = {char: byte for byte, char in enumerate(byte_characters())}
+        as_bytes = {token: bytes(map(to_byte.get, token))
+                    for token in vocab if to_byte.keys() >= set(token)}
+        merged = ["".join(merge.split(" ") if isinstance(merge, str) else merge)
+                  for merge in model["merges"]]
+        whole = as_bytes if model.get("ignore_merges") else ()  # words that need no merges
+        order = list(dict.fromkeys([*byte_characters(), *merged, *whole]))
+        missing = [token for token in order if token not in vocab]
+        if missing:
+            raise InputError(f"{path}: the vocabulary lacks {missing[0]!r}; fetch it again")
+        to_id = [vocab[token] for token in order]
+        ranks = {as_bytes[token]: rank for rank, token in enumerate(order)}
+        bpe = tiktoken.Encoding(path.name, pat_str=split, mergeable_ranks=ranks, special_tokens={})
+
+        def encode_text(text):
+            text = unicodedata.normalize(form, text) if form else text
+            return [to_id[rank] for rank in bpe.encode_ordinary(text)]
+
+        plain = {vocab[token]: raw for token, raw in as_bytes.items() if token not in special}
+        return cls(encode_text, plain, special, bos_id)
+
+
+def byte_characters():
+    """GPT-2's printable stand-ins: how a byte-level vocabulary writes each of the 256 bytes."""
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    others = iter(range(256, 512))
+    return [chr(byte if byte in printable else next(others)) for byte in range(256)]
+
+
+def split_pattern(steps):
+    """The regular expression that cuts text as these steps do, or None if they are unknown here."""
+    *before, byte_level = steps
+    if byte_level.get("add_prefix_space") or len(before) > 1:
+        return None
+    if byte_level.get("use_regex", True):
+        alone = before and before[0]["type"] == "Digits" and before[0].get("individual_digits")
+        return DIGITS_SPLIT if alone else None if before else GPT2_SPLIT
+    isolated = before and before[0]["type"] == "Split" and before[0]["behavior"] == "Isolated"
+    return before[0]["pattern"].get("Regex") if isolated and not before[0].get("invert") else None
+
+
+def first_template_token(post_processor):
+    """The token that a tokenizer.json puts before every text, or None."""
+    for step in (post_processor or {}).get("processors", [post_processor or {}]):
+        if step.get("type") == "TemplateProcessing" and "SpecialToken" in step["single"][0]:
+            return step["single"][0]["SpecialToken"]["id"]
+    return None
+
+
+def other_tokenizer(path, vocab, special):
+    """Encoder and token bytes of a tokenizer.json that is not byte-level (Mistral 7B, Llama 2)."""
+    try:
+        import tokenizers
+    except ImportError:
+        raise InputError(f"{path} is not byte-level BPE: pip install tokenizers") from None
+    other = tokenizers.Tokenizer.from_file(str(path))
+    other.encode_special_tokens = True  # text stays text
+
+    def raw(token):  # "<0x0A>" is a byte, and a low line marks a space
+        byte = len(token) == 6 and token.startswith("<0x")
+        return bytes([int(token[3:5], 16)]) if byte else token.replace("\u2581", " ").encode()
+
+    token_bytes = {i: raw(token) for token, i in vocab.items() if token not in special}
+    return lambda text: other.encode(text, add_special_tokens=False).ids, token_bytes
+
+
+if __name__ == "__main__":
+    model = Llama.from_pretrained("tiny", "cpu", torch.float32)
+    tokenizer = Tokenizer.from_pretrained("tiny")
+    print(f"{sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters: {model.config}")
+    tokens = torch.tensor([tokenizer.encode("Once upon a time")])
+    with torch.inference_mode():
+        for _ in range(40):  # the slow way: without a cache, every token runs the whole text again
+            tokens = torch.cat((tokens, model(tokens, last_only=True).argmax(-1)), dim=1)
+    print(tokenizer.decode(tokens[0].tolist()))
