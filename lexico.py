@@ -1,0 +1,365 @@
+"""The sparse-coded KV cache of Lexico (Kim et al. 2025, arXiv 2412.08890).
+
+A language model keeps a key and a value of every token, head and layer: m numbers of 16 bits each.
+Lexico keeps a vector x as s coefficients z over a dictionary D of N atoms, one dictionary for the keys
+and one for the values of each layer, learned once for a model (train_dict.py):
+
+    x  is about  z D = sum_j z_j d_(n_j)          3 s bytes: s indices of 16 bits, s coefficients of 8
+
+Attention needs neither K nor V back. With q one query, and t running over the coded tokens,
+
+    score_t = <q, k_t>  ->  sum_j z_tj (q D_k^T)_(n_tj)       N products once, then s look-ups a token
+    out = sum_t p_t v_t  ->  w D_v,  w_n = sum of p_t z_tj over all (t, j) with n_tj = n
+
+so both work on tables of N numbers. The newest tokens stay dense in a buffer, a ring, and a softmax
+runs over both parts together. A prompt attends exactly, and is coded layer by layer as it passes.
+
+`python lexico.py` shows what sparsity costs and saves on the embedded model.
+"""
+
+import json
+import os
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch.nn.attention.bias import causal_lower_right
+
+from model import InputError, best_device, find_file
+from omp import omp, omp_beam
+
+KEYS, VALUES = 0, 1  # the first dimension of everything that exists for both
+FORMAT = "lexico-dictionaries-1"
+PIECE, ROWS = 8192, 16  # coded tokens, and queries, that attention takes at a time
+
+
+# --------------------------------------------------------------------------------------------------
+# Dictionaries
+
+class Dictionaries:
+    """The 2 L dictionaries of a model, with what is known of their making.
+
+    atoms: (2, L, N, m), unit norm. scale: (2, L), what a stored coefficient of 1 stands for, so that
+    8 bits serve dictionaries of large keys and of small values alike.
+    """
+
+    def __init__(self, atoms, scale, config, **metadata):
+        self.atoms, self.scale, self.metadata = atoms, scale, metadata
+        self.shape = shape_of(config) if not isinstance(config, dict) else config
+        self.n_atoms = atoms.shape[2]
+
+    def to(self, device, dtype=None):
+        atoms, scale = self.atoms.to(device, dtype), self.scale.to(device)
+        return Dictionaries(atoms, scale, self.shape, **self.metadata)
+
+    def check(self, config):
+        """Raise InputError unless these were learned for a model of this shape."""
+        wanted = shape_of(config)
+        differing = [f"{key} = {self.shape.get(key)}, the model {value}"
+                     for key, value in wanted.items() if self.shape.get(key) != value]
+        if differing:
+            made_for = self.metadata.get("model", "another model")
+            raise InputError(f"the dictionary was learned for {made_for}: it has {differing[0]}; "
+                             "learn one for this model with train_dict.py, or give --dictionary")
+        return self
+
+    def save(self, path):
+        """Write one safetensors file, atoms in bfloat16; a reader never sees half a file."""
+        header = {"format": FORMAT, "shape": json.dumps(self.shape),
+                  "metadata": json.dumps(self.metadata)}
+        tensors = {"keys": self.atoms[KEYS], "values": self.atoms[VALUES]}
+        tensors = {name: atoms.to(torch.bfloat16).contiguous() for name, atoms in tensors.items()}
+        part = f"{path}.part"
+        save_file({**tensors, "scale": self.scale.float().contiguous()}, part, metadata=header)
+        os.replace(part, path)
+
+    @classmethod
+    def load(cls, path, device="cpu", dtype=torch.float32):
+        """Read what save wrote. Raises InputError for a file that is missing, damaged or not ours."""
+        if not Path(path).is_file():
+            raise InputError(f"dictionary '{path}' does not exist; learn one with train_dict.py")
+        try:
+            with safe_open(path, "pt", device=str(device)) as file:
+                header = file.metadata() or {}
+                if header.get("format") != FORMAT:
+                    raise InputError(f"'{path}' is not a dictionary of format {FORMAT}; "
+                                     "give a file that train_dict.py wrote")
+                atoms = torch.stack([file.get_tensor("keys"), file.get_tensor("values")])
+                scale = file.get_tensor("scale")
+        except (SafetensorError, OSError) as error:
+            raise InputError(f"dictionary '{path}' is damaged ({error}); fetch or learn it again"
+                             ) from None
+        metadata = json.loads(header["metadata"])
+        return cls(atoms.to(dtype), scale, json.loads(header["shape"]), **metadata)
+
+    @classmethod
+    def find(cls, model):
+        """Path of the dictionary known for a model: in its folder, or where train_dict.py puts it."""
+        path = find_file(model, "dictionary.safetensors", required=False)
+        path = path or Path(default_path(model))
+        if not path.is_file():
+            raise InputError(f"no dictionary is known for model '{model}'; learn one with\n"
+                             f"    python train_dict.py --model {model}\n"
+                             "or give one with --dictionary, or run with --dense")
+        return path
+
+
+def default_path(model):
+    """Where train_dict.py puts a model's dictionary unless told otherwise."""
+    return f"{str(model).strip('/').replace('/', '--')}.dictionary.safetensors"
+
+
+def shape_of(config):
+    """What must agree between a dictionary and a model: all of the shape, for atoms do not transfer."""
+    names = ("model_type", "vocab_size", "dim", "n_layers", "n_heads", "kv_heads", "head_dim",
+             "rope_theta", "rope_scaling")
+    return {name: asdict(config)[name] for name in names}
+
+
+# --------------------------------------------------------------------------------------------------
+# Codes: how indices and coefficients are stored
+
+class Codes:
+    """Coded vectors (2, L, B, H, capacity) of s coefficients each, 3 s bytes a vector.
+
+    Indices are int16, coefficients FP8 E4M3 (4 exponent bits, 3 of mantissa), in units of the
+    dictionary's scale. E4M3 ends at 448, and what is larger becomes that, not NaN.
+    """
+
+    def __init__(self, dictionaries, sparsity, batch, kv_heads, exact=False):
+        self.scale = dictionaries.scale
+        self.exact = exact  # float32 coefficients: for experiments, to see sparsity alone
+        lead = (2, dictionaries.atoms.shape[1], batch, kv_heads, 0, sparsity)
+        device = self.scale.device
+        self.indices = torch.empty(lead, dtype=torch.int16, device=device)
+        dtype = torch.float32 if exact else torch.float8_e4m3fn
+        self.coefficients = torch.empty(lead, dtype=dtype, device=device)
+
+    def reserve(self, capacity):
+        """Make room for `capacity` tokens in all."""
+        for name in ("indices", "coefficients"):
+            old = getattr(self, name)
+            if capacity > old.shape[4]:
+                new = old.new_empty(*old.shape[:4], capacity, old.shape[5])
+                new[..., :old.shape[4], :] = old
+                setattr(self, name, new)
+
+    def write(self, layers, start, indices, coefficients):
+        """Store codes (2, L or 1, B, H, T, s) of the layers (a slice) from token `start` on."""
+        end = start + indices.shape[4]
+        units = coefficients / self.scale[:, layers, None, None, None, None]
+        if not self.exact:
+            units = units.clamp(-448, 448)
+        self.indices[:, layers, :, :, start:end] = indices.to(torch.int16)
+        self.coefficients[:, layers, :, :, start:end] = units.to(self.coefficients.dtype)
+
+    def read(self, kind, layer, start, end):
+        """Indices int32 and coefficients float32, (B H, T, s), of tokens start .. end; coefficients
+        are in units of scale[kind, layer]."""
+        indices = self.indices[kind, layer, :, :, start:end].flatten(0, 1)
+        coefficients = self.coefficients[kind, layer, :, :, start:end].flatten(0, 1)
+        return indices.int(), coefficients.float()
+
+    def nbytes(self, tokens=None):
+        """Bytes of so many tokens' codes (all that is reserved, by default)."""
+        each = [t.nbytes if tokens is None else t[..., :tokens, :].numel() * t.itemsize
+                for t in (self.indices, self.coefficients)]
+        return sum(each)
+
+
+# --------------------------------------------------------------------------------------------------
+# Attention over codes
+
+def scores_over_codes(q, D, indices, coefficients):
+    """<q, z D> of every query and coded token, without z D.
+
+    q: (P, R, m), R query rows for each of the P = B H KV heads. D: (N, m).
+    indices, coefficients: (P, T, s). Returns (P, T, R).
+    """
+    P, T, s = indices.shape
+    N = D.shape[0]
+    table = D @ q.mT  # (P, N, R): the product of every query with every atom
+    first = torch.arange(0, P * N, N, dtype=torch.int32, device=q.device)  # each head's own table
+    out = F.embedding_bag((indices + first[:, None, None]).view(P * T, s), table.flatten(0, 1),
+                          per_sample_weights=coefficients.reshape(P * T, s), mode="sum")
+    return out.view(P, T, -1)
+
+
+def add_over_codes(w, p, indices, coefficients):
+    """Add p z to the table w (P, N, R), at z's indices. p: (P, T, R), codes: (P, T, s)."""
+    P, N, R = w.shape
+    first = torch.arange(0, P * N, N, dtype=torch.int32, device=w.device)
+    weighted = coefficients[..., None] * p[:, :, None]  # (P, T, s, R)
+    w.view(P * N, R).index_add_(0, (indices + first[:, None, None]).flatten(), weighted.view(-1, R))
+
+
+# --------------------------------------------------------------------------------------------------
+# Caches
+
+class DenseCache:
+    """Every key and value as it is: the baseline, (2, L, B, H, capacity, m)."""
+
+    def __init__(self, config, batch=1, capacity=0, device=None, dtype=torch.float32):
+        self.config, self.length = config, 0
+        self.kv = torch.empty(2, config.n_layers, batch, config.kv_heads, capacity,
+                              config.head_dim, device=device or best_device(), dtype=dtype)
+
+    def attend(self, layer, q, k, v):
+        """Append k, v (B, H, T, m), attend with q (B, G H, T, m): the output, shaped as q."""
+        start, end = self.length, self.length + q.shape[2]
+        if end > self.kv.shape[4]:
+            old, capacity = self.kv, max(end, 2 * start)
+            self.kv = old.new_empty(*old.shape[:4], capacity, old.shape[5])
+            self.kv[..., :start, :] = old[..., :start, :]
+        self.kv[KEYS, layer, :, :, start:end] = k
+        self.kv[VALUES, layer, :, :, start:end] = v
+        if layer == self.config.n_layers - 1:
+            self.length = end
+        keys, values = self.kv[:, layer, :, :, :end]
+        mask = causal_lower_right(end - start, end) if start and end - start > 1 else None
+        return F.scaled_dot_product_attention(q, keys.to(q.dtype), values.to(q.dtype), mask,
+                                              is_causal=start == 0, enable_gqa=True)
+
+    def nbytes(self):
+        used = self.kv[..., :self.length, :].numel()
+        return {"total": used * self.kv.itemsize, "dense": used * 2, "allocated": self.kv.nbytes}
+
+
+class SparseCache:
+    """Codes of all tokens but the newest, which wait dense in a ring.
+
+    dictionaries: learned for this model (train_dict.py). sparsity: coefficients a vector.
+    buffer: tokens always kept dense. window: tokens coded at a time once the buffer overflows.
+    batch: sequences, all of one length. capacity: tokens to reserve room for, where known.
+    beam: width of the search (1: plain OMP). tol: relative error at which a vector needs no more.
+    exact: keep coefficients in float32 (4 bytes). dtype: of the buffer.
+    """
+
+    def __init__(self, config, dictionaries, sparsity=8, buffer=128, window=1, batch=1, capacity=0,
+                 beam=1, tol=None, exact=False, dtype=None):
+        dictionaries.check(config)
+        largest = min(config.head_dim, dictionaries.n_atoms)
+        if not 1 <= sparsity <= largest:
+            raise InputError(f"sparsity {sparsity} is outside 1 .. {largest}: a vector has "
+                             f"{config.head_dim} numbers, its dictionary {dictionaries.n_atoms} atoms")
+        if buffer < 0 or window < 1 or beam < 1:
+            raise InputError(f"buffer {buffer}, window {window} and beam {beam} must be at least "
+                             "0, 1 and 1")
+        self.config, self.dictionaries, self.sparsity = config, dictionaries, sparsity
+        self.buffer, self.window, self.beam, self.tol = buffer, window, beam, tol
+        self.length = self.coded = 0  # tokens seen; the oldest of them, coded
+        atoms = dictionaries.atoms
+        self.codes = Codes(dictionaries, sparsity, batch, config.kv_heads, exact)
+        self.codes.reserve(max(0, capacity - buffer))
+        # Token t waits in slot t mod (buffer + window). Keys carry their position (they are kept
+        # after RoPE), so attention does not mind the order.
+        self.ring = torch.zeros(2, config.n_layers, batch, config.kv_heads, buffer + window,
+                                config.head_dim, device=atoms.device, dtype=dtype or atoms.dtype)
+
+    def attend(self, layer, q, k, v):
+        """Append k, v (B, H, T, m), attend with q (B, G H, T, m): the output, shaped as q."""
+        T = q.shape[2]
+        if layer == 0 and T == 1:
+            self.compress()
+        slots = self.ring.shape[4]
+        if T == 1:
+            self.ring[KEYS, layer, :, :, self.length % slots] = k[:, :, 0]
+            self.ring[VALUES, layer, :, :, self.length % slots] = v[:, :, 0]
+            waiting = self.length + 1 - self.coded
+            age = (self.length - torch.arange(slots, device=q.device)) % slots  # 0: the newest
+            out = self._attend(layer, q, *self.ring[:, layer], (age < waiting)[None])
+        else:
+            out = self._prefill(layer, q, k, v)
+        if layer == self.config.n_layers - 1:
+            self.length += T
+            if T > 1:
+                self.coded = max(self.coded, self.length - self.buffer)
+        return out
+
+    def _prefill(self, layer, q, k, v):
+        """Attend with T > 1 queries, then code at once what does not stay in the buffer."""
+        slots, end = self.ring.shape[4], self.length + q.shape[2]
+        waiting = torch.arange(self.coded, self.length, device=q.device) % slots
+        keys = torch.cat((self.ring[KEYS, layer][:, :, waiting].to(k.dtype), k), dim=2)
+        values = torch.cat((self.ring[VALUES, layer][:, :, waiting].to(v.dtype), v), dim=2)
+        if self.length == 0:
+            out = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+        else:
+            position = torch.arange(self.length, end, device=q.device)[:, None]
+            seen = torch.arange(self.coded, end, device=q.device) <= position  # (T, waiting + T)
+            out = self._attend(layer, q, keys, values, seen)
+        kv, over = torch.stack((keys, values)), max(0, end - self.buffer - self.coded)
+        if over:
+            self.codes.reserve(self.coded + over)
+            self._code(slice(layer, layer + 1), self.coded, kv[:, None, :, :, :over])
+        rest = torch.arange(self.coded + over, end, device=q.device) % slots
+        self.ring[:, layer, :, :, rest] = kv[..., over:, :].to(self.ring.dtype)
+        return out
+
+    def compress(self):
+        """Code what overflows the buffer, for all layers, keys and values in one call.
+
+        Called by every decoding step that finds the buffer full; a caller that wants to time it,
+        or to have it done while it waits, calls it between steps.
+        """
+        if self.length - self.coded < self.buffer + self.window:
+            return
+        self.codes.reserve(self.coded + self.window)
+        slots = self.ring.shape[4]
+        oldest = torch.arange(self.coded, self.coded + self.window, device=self.ring.device) % slots
+        self._code(slice(None), self.coded, self.ring[..., oldest, :])
+        self.coded += self.window
+
+    def _code(self, layers, start, x):
+        """Store codes of x (2, L, B, H, T, m), tokens from `start` on of these layers."""
+        D = self.dictionaries.atoms[:, layers].flatten(0, 1)  # (2 L, N, m)
+        Y = x.flatten(0, 1).flatten(1, 3).to(D.dtype)  # (2 L, B H T, m)
+        if self.beam > 1:
+            indices, coefficients = omp_beam(D, Y, self.sparsity, self.beam)
+        else:
+            indices, coefficients = omp(D, Y, self.sparsity, self.tol)
+        shape = (*x.shape[:-1], self.sparsity)
+        self.codes.write(layers, start, indices.view(shape), coefficients.view(shape))
+
+    def _attend(self, layer, q, keys, values, seen):
+        """Attention over the codes and the dense keys, values (B, H, S, m) that `seen` (T, S) allows.
+
+        Queries are taken a few at a time, and tokens in pieces: what is held beside the scores stays
+        small, whatever the context.
+        """
+        (B, _, T, m), P, dtype = q.shape, keys.shape[0] * keys.shape[1], q.dtype
+        Dk, Dv = self.dictionaries.atoms[:, layer]  # (N, m)
+        key_scale, value_scale = self.codes.scale[:, layer]
+        q = q.reshape(P, -1, T, m).to(Dk.dtype)  # (P, G, T, m)
+        keys, values = keys.flatten(0, 1).to(Dk.dtype), values.flatten(0, 1).to(Dk.dtype)
+        pieces = [(start, min(start + PIECE, self.coded)) for start in range(0, self.coded, PIECE)]
+        outs = []
+        for rows, allowed in zip(q.split(ROWS, dim=2), seen.split(ROWS)):
+            rows = rows.flatten(1, 2)  # (P, R, m)
+            hidden = ~allowed.mT.repeat(1, rows.shape[1] // allowed.shape[0])  # (S, R)
+            scores = [scores_over_codes(rows * key_scale, Dk, *self.codes.read(KEYS, layer, *piece))
+                      for piece in pieces]
+            scores.append((keys @ rows.mT).masked_fill(hidden, -torch.inf))
+            p = torch.softmax(torch.cat(scores, dim=1) / m**0.5, dim=1)  # (P, coded + S, R)
+            out = p[:, self.coded:].mT @ values  # (P, R, m)
+            if pieces:
+                w = p.new_zeros(P, Dv.shape[0], rows.shape[1])  # (P, N, R)
+                for start, end in pieces:
+                    add_over_codes(w, p[:, start:end], *self.codes.read(VALUES, layer, start, end))
+                out += (w.mT @ Dv) * value_scale
+            outs.append(out.unflatten(1, (-1, allowed.shape[0])))  # (P, G, T, m)
+        return torch.cat(outs, dim=2).reshape(B, -1, T, m).to(dtype)
+
+    def nbytes(self):
+        """Bytes in use by codes, by the buffer and in total; of the dictionaries, which are there
+        once whatever the context or the batch; allocated in all; and of a dense 16-bit cache."""
+        waiting = self.ring[..., :self.length - self.coded, :].numel()
+        codes, buffer = self.codes.nbytes(self.coded), waiting * self.ring.itemsize
+        dictionaries = self.dictionaries.atoms.nbytes + self.dictionaries.scale.nbytes
+        tokens = 2 * self.length * self.ring[..., 0, 0].numel() * self.config.head_dim
+        return {"codes": codes, "buffer": buffer, "total": codes + buffer, "dense": tokens,
+                "dictionaries": dictionaries,
+                "allocated": self.codes.nbytes() + self.ring.nbytes + dictionaries}
