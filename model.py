@@ -22,6 +22,7 @@ import codecs
 import json
 import math
 import os
+import sys
 import unicodedata
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,6 +37,18 @@ from safetensors.torch import save_file
 
 class InputError(Exception):
     """Bad input, in one line: the thing, the value, the way out. Programs print it and exit 2."""
+
+
+def run_program(main):
+    """Run a program: exit with what main returns, or with one line and 2 for bad input."""
+    try:
+        sys.exit(main())
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except BrokenPipeError:  # whoever read our output has left
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(141)
 
 
 # --------------------------------------------------------------------------------------------------
