@@ -286,7 +286,8 @@ class Llama(nn.Module):
         """Random weights in any shape, made on the device: for measuring without a download."""
         with torch.device("meta"):
             model = cls(config).to(dtype or torch.float32)
-        return model.to_empty(device=device or best_device()).init_weights().eval()
+        model.to_empty(device=device or best_device()).init_weights()
+        return model.requires_grad_(False).eval()
 
     @classmethod
     def from_pretrained(cls, name_or_path, device=None, dtype=None):
@@ -475,8 +476,7 @@ class Tokenizer:
                     for token in vocab if to_byte.keys() >= set(token)}
         merged = ["".join(merge.split(" ") if isinstance(merge, str) else merge)
                   for merge in model["merges"]]
-        whole = as_bytes if model.get("ignore_merges") else ()  # words that need no merges
-        order = list(dict.fromkeys([*byte_characters(), *merged, *whole]))
+        order = list(dict.fromkeys([*byte_characters(), *merged]))
         missing = [token for token in order if token not in vocab]
         if missing:
             raise InputError(f"{path}: the vocabulary lacks {missing[0]!r}; fetch it again")

@@ -48,6 +48,7 @@ def omp_beam(D, Y, sparsity, width):
     return over_chunks(pursue_beam, D, Y, sparsity, width**2, width)
 
 
+@torch.no_grad()
 def over_chunks(coder, D, Y, sparsity, cost, *arguments):
     """Check the arguments, bring them to (L, N, m) and (L, B, m), run coder over pieces of B."""
     if D.dim() not in (2, 3) or D.dim() != Y.dim() or D.shape[-1] != Y.shape[-1]:
@@ -67,13 +68,12 @@ def over_chunks(coder, D, Y, sparsity, cost, *arguments):
     return indices.view(*Y.shape[:-1], sparsity), coefficients.view(*Y.shape[:-1], sparsity)
 
 
-def argmax_abs(x):
-    """Index of the largest |x| of every row of x (L, B, N), overwriting x with |x|.
+def argmax_rows(x):
+    """Index of the largest number of every row of x (L, B, N).
 
     In two steps, the best block of 64 and the best in that block: on a CPU a plain maximum runs at
     full vector width, argmax does not, and it would cost as much as the product that x comes from.
     """
-    x.abs_()
     if x.shape[-1] % 64 or x.numel() < 2**15:
         return x.argmax(dim=-1)
     blocks = x.unflatten(-1, (-1, 64))  # (L, B, N / 64, 64)
@@ -109,8 +109,8 @@ def pursue(D, Y, sparsity, tol=None):
         goal = tol * Y.norm(dim=-1)  # (L, B)
     for k in range(sparsity):
         torch.bmm(residual, D.mT, out=correlation)  # (L, B, N)
-        correlation.scatter_(-1, indices[..., :k], 0)  # an atom is chosen once
-        indices[..., k] = best = argmax_abs(correlation)
+        correlation.abs_().scatter_(-1, indices[..., :k], -1)  # an atom is chosen once
+        indices[..., k] = best = argmax_rows(correlation)
         atom = gather_atoms(D, best)  # (L, B, m)
         inner = (Q[..., :k, :] * atom[..., None, :]).sum(-1, keepdim=True)  # (L, B, k, 1)
         q = atom - (Q[..., :k, :] * inner).sum(-2)  # what is new in this atom
@@ -138,8 +138,8 @@ def pursue_beam(D, Y, sparsity, width):
     for k in range(sparsity):
         # Candidates: the C best-correlated atoms of every beam, and the part of each that is new.
         correlation = (residual.flatten(1, 2) @ D.mT).unflatten(1, (B, W))  # (L, B, W, N)
-        correlation.scatter_(-1, indices, 0)
-        best = correlation.abs().topk(min(width, N - k), dim=-1).indices  # (L, B, W, C)
+        correlation.abs_().scatter_(-1, indices, -1)
+        best = correlation.topk(min(width, N - k), dim=-1).indices  # (L, B, W, C)
         C = best.shape[-1]
         atom = D[rows, best]  # (L, B, W, C, m)
         inner = atom @ Q.mT  # (L, B, W, C, k)
