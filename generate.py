@@ -95,7 +95,8 @@ def run(args, model, tokenizer, cache, prompt, forced=None, show=None):
 def peak_memory(device):
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 def size(nbytes):
@@ -120,10 +121,11 @@ def summary(steps, reason, device):
 def print_summary(name, s, prompt_length):
     cache = s["cache"]
     print(f"{name}: {prompt_length} + {s['new_tokens']} tokens, {s['ended']}")
-    print(f"  time      prefill {s['prefill'] * 1e3:.1f} ms, then {s['median'] * 1e3:.2f} ms a token "
-          f"(95 % within {s['p95'] * 1e3:.2f}), {s['tokens_per_second']:.1f} tokens/s")
-    parts = "".join(f", {part} {size(cache[part])}" for part in ("codes", "buffer") if part in cache)
-    print(f"  cache     {size(cache['total'])}{parts}: {cache['total'] / cache['dense']:.1%} "
+    prefill, median, p95 = (s[key] * 1e3 for key in ("prefill", "median", "p95"))
+    print(f"  time      prefill {prefill:.1f} ms, then {median:.2f} ms a token (95 % within "
+          f"{p95:.2f}), {s['tokens_per_second']:.1f} tokens/s")
+    parts = [f", {part} {size(cache[part])}" for part in ("codes", "buffer") if part in cache]
+    print(f"  cache     {size(cache['total'])}{''.join(parts)}: {cache['total'] / cache['dense']:.1%} "
           f"of the {size(cache['dense'])} of a dense 16-bit cache")
     if "dictionaries" in cache:
         print(f"  constant  dictionaries {size(cache['dictionaries'])}, whatever context and batch")
@@ -164,7 +166,7 @@ def read_prompt(args):
 def main():
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     source = parser.add_mutually_exclusive_group()
-    source.add_argument("--prompt", default="Once upon a time", help='text, or "-" for standard input')
+    source.add_argument("--prompt", default="Once upon a time", help='"-": standard input')
     source.add_argument("--prompt-file", help='a UTF-8 text file, or "-" for standard input')
     parser.add_argument("--model", default="tiny", help='a folder, a Hub id, or "tiny" (default)')
     parser.add_argument("--dictionary", help="default: the one known for the model")
@@ -207,8 +209,8 @@ def main():
     tokenizer = Tokenizer.from_pretrained(args.model)
     prompt = torch.tensor([tokenizer.encode(text)], device=device)
     if prompt.shape[1] > config.context:
-        raise InputError(f"the prompt has {prompt.shape[1]} tokens, more than the model's context of "
-                         f"{config.context}; shorten it")
+        raise InputError(f"the prompt has {prompt.shape[1]} tokens, more than the model's context "
+                         f"of {config.context}; shorten it")
     model = Llama.from_pretrained(args.model, device, dtype)
 
     def new_cache(dense):

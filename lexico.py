@@ -1,15 +1,15 @@
 """The sparse-coded KV cache of Lexico (Kim et al. 2025, arXiv 2412.08890).
 
-A language model keeps a key and a value of every token, head and layer: m numbers of 16 bits each.
-Lexico keeps a vector x as s coefficients z over a dictionary D of N atoms, one dictionary for the keys
-and one for the values of each layer, learned once for a model (train_dict.py):
+A language model keeps a key and a value of every token, head and layer, each m numbers of 16 bits.
+Lexico keeps a vector x as s coefficients z over a dictionary D of N atoms; the keys and the values
+of each layer have a dictionary each, learned once for a model (train_dict.py):
 
-    x  is about  z D = sum_j z_j d_(n_j)          3 s bytes: s indices of 16 bits, s coefficients of 8
+    x  becomes  z D = sum_j z_j d_(n_j)       3 s bytes: s indices of 16 bits, s coefficients of 8
 
 Attention needs neither K nor V back. With q one query, and t running over the coded tokens,
 
-    score_t = <q, k_t>  ->  sum_j z_tj (q D_k^T)_(n_tj)       N products once, then s look-ups a token
-    out = sum_t p_t v_t  ->  w D_v,  w_n = sum of p_t z_tj over all (t, j) with n_tj = n
+    score_t = <q, k_t>   becomes  sum_j z_tj (q D_k^T)_(n_tj)    N products once, s look-ups a token
+    out = sum_t p_t v_t  becomes  w D_v,   w_n = sum of p_t z_tj over all (t, j) with n_tj = n
 
 so both work on tables of N numbers. The newest tokens stay dense in a buffer, a ring, and a softmax
 runs over both parts together. A prompt attends exactly, and is coded layer by layer as it passes.
@@ -29,7 +29,7 @@ from safetensors.torch import save_file
 from torch.nn.attention.bias import causal_lower_right
 
 from model import InputError, best_device, find_file
-from omp import omp, omp_beam
+from omp import omp, omp_beam, reconstruct
 
 KEYS, VALUES = 0, 1  # the first dimension of everything that exists for both
 FORMAT = "lexico-dictionaries-1"
@@ -42,8 +42,8 @@ PIECE, ROWS = 8192, 16  # coded tokens, and queries, that attention takes at a t
 class Dictionaries:
     """The 2 L dictionaries of a model, with what is known of their making.
 
-    atoms: (2, L, N, m), unit norm. scale: (2, L), what a stored coefficient of 1 stands for, so that
-    8 bits serve dictionaries of large keys and of small values alike.
+    atoms: (2, L, N, m), unit norm. scale: (2, L), what a stored coefficient of 1 stands for, so
+    that 8 bits serve large keys and small values alike.
     """
 
     def __init__(self, atoms, scale, config, **metadata):
@@ -78,7 +78,7 @@ class Dictionaries:
 
     @classmethod
     def load(cls, path, device="cpu", dtype=torch.float32):
-        """Read what save wrote. Raises InputError for a file that is missing, damaged or not ours."""
+        """Read what save wrote. Raises InputError for a file missing, damaged or not ours."""
         if not Path(path).is_file():
             raise InputError(f"dictionary '{path}' does not exist; learn one with train_dict.py")
         try:
@@ -97,7 +97,7 @@ class Dictionaries:
 
     @classmethod
     def find(cls, model):
-        """Path of the dictionary known for a model: in its folder, or where train_dict.py puts it."""
+        """Path of a model's dictionary: in its folder, or where train_dict.py puts it."""
         path = find_file(model, "dictionary.safetensors", required=False)
         path = path or Path(default_path(model))
         if not path.is_file():
@@ -113,7 +113,7 @@ def default_path(model):
 
 
 def shape_of(config):
-    """What must agree between a dictionary and a model: all of the shape, for atoms do not transfer."""
+    """What must agree between a dictionary and a model: the shape, for atoms do not transfer."""
     names = ("model_type", "vocab_size", "dim", "n_layers", "n_heads", "kv_heads", "head_dim",
              "rope_theta", "rope_scaling")
     return {name: asdict(config)[name] for name in names}
@@ -130,7 +130,7 @@ class Codes:
     """
 
     def __init__(self, dictionaries, sparsity, batch, kv_heads, exact=False):
-        self.scale = dictionaries.scale
+        self.dictionaries, self.scale = dictionaries, dictionaries.scale
         self.exact = exact  # float32 coefficients: for experiments, to see sparsity alone
         lead = (2, dictionaries.atoms.shape[1], batch, kv_heads, 0, sparsity)
         device = self.scale.device
@@ -162,6 +162,14 @@ class Codes:
         indices = self.indices[kind, layer, :, :, start:end].flatten(0, 1)
         coefficients = self.coefficients[kind, layer, :, :, start:end].flatten(0, 1)
         return indices.int(), coefficients.float()
+
+    def vectors(self, kind, layer, start, end):
+        """The vectors z D themselves, (B H, T, m): to look at. Attention never needs them."""
+        D = self.dictionaries.atoms[kind, layer]
+        indices, units = self.read(kind, layer, start, end)
+        P, T, _ = indices.shape
+        x = reconstruct(D, indices.flatten(0, 1), units.flatten(0, 1) * self.scale[kind, layer])
+        return x.view(P, T, -1)
 
     def nbytes(self, tokens=None):
         """Bytes of so many tokens' codes (all that is reserved, by default)."""
@@ -243,8 +251,8 @@ class SparseCache:
         dictionaries.check(config)
         largest = min(config.head_dim, dictionaries.n_atoms)
         if not 1 <= sparsity <= largest:
-            raise InputError(f"sparsity {sparsity} is outside 1 .. {largest}: a vector has "
-                             f"{config.head_dim} numbers, its dictionary {dictionaries.n_atoms} atoms")
+            raise InputError(f"sparsity {sparsity} is outside 1 .. {largest}: vectors have "
+                             f"{config.head_dim} numbers, {dictionaries.n_atoms} atoms serve them")
         if buffer < 0 or window < 1 or beam < 1:
             raise InputError(f"buffer {buffer}, window {window} and beam {beam} must be at least "
                              "0, 1 and 1")
@@ -325,10 +333,10 @@ class SparseCache:
         self.codes.write(layers, start, indices.view(shape), coefficients.view(shape))
 
     def _attend(self, layer, q, keys, values, seen):
-        """Attention over the codes and the dense keys, values (B, H, S, m) that `seen` (T, S) allows.
+        """Attention over all codes and over dense keys, values (B, H, S, m) where seen (T, S).
 
-        Queries are taken a few at a time, and tokens in pieces: what is held beside the scores stays
-        small, whatever the context.
+        Queries are taken a few at a time, and tokens in pieces: what is held beside the scores
+        stays small, whatever the context.
         """
         (B, _, T, m), P, dtype = q.shape, keys.shape[0] * keys.shape[1], q.dtype
         Dk, Dv = self.dictionaries.atoms[:, layer]  # (N, m)
@@ -363,3 +371,37 @@ class SparseCache:
         return {"codes": codes, "buffer": buffer, "total": codes + buffer, "dense": tokens,
                 "dictionaries": dictionaries,
                 "allocated": self.codes.nbytes() + self.ring.nbytes + dictionaries}
+
+
+if __name__ == "__main__":  # what sparsity saves and what it costs, decoding a text
+    import time
+
+    from model import Llama, Tokenizer
+
+    device = best_device()
+    model = Llama.from_pretrained("tiny", device, torch.float32)
+    dictionaries = Dictionaries.load(Dictionaries.find("tiny"), device)
+    text = find_file("tiny", "held-out.txt").read_text(encoding="utf-8")
+    tokens = Tokenizer.from_pretrained("tiny").encode(text[:3000])[:512]
+    tokens = torch.tensor([tokens], device=device)
+
+    @torch.inference_mode()
+    def decode(cache):
+        """Prompt with 384 tokens, then feed the rest one by one: log-probabilities, ms a token."""
+        logits, start = [model(tokens[:, :384], cache)[:, -1]], time.perf_counter()
+        logits += [model(token, cache)[:, -1] for token in tokens[:, 384:].split(1, dim=1)]
+        milliseconds = (time.perf_counter() - start) * 1e3 / (len(logits) - 1)
+        return torch.cat(logits).log_softmax(-1), milliseconds
+
+    full, milliseconds = decode(DenseCache(model.config, device=device))
+    print(f"tiny, 384 + 128 tokens of held-out text, buffer 32, on {device}\n"
+          "           bytes a vector  of 16 bit  KL to dense  same token  ms a token\n"
+          f"dense      {2 * model.config.head_dim:14d}     100.0%       0.0000      100.0%"
+          f"  {milliseconds:10.2f}")
+    for sparsity in (2, 4, 8, 16):
+        q, milliseconds = decode(SparseCache(model.config, dictionaries, sparsity, buffer=32))
+        kl = F.kl_div(q, full, log_target=True, reduction="none").sum(-1).mean().item()
+        same = (q.argmax(-1) == full.argmax(-1)).float().mean().item()
+        share = 3 * sparsity / (2 * model.config.head_dim)
+        print(f"s = {sparsity:2d}     {3 * sparsity:14d}  {share:9.1%}  {kl:11.4f}  {same:10.1%}"
+              f"  {milliseconds:10.2f}")

@@ -1,6 +1,6 @@
 """Sparse coding: orthogonal matching pursuit, beam search over it, and two methods to compare with.
 
-Given a dictionary D of N unit-norm atoms (its rows) and a vector y, find s atoms and coefficients z with
+Given a dictionary D of N unit-norm atoms, its rows, and a vector y, find coefficients z that
 
     minimise  || y - z D ||   subject to   || z ||_0 <= s
 
@@ -10,10 +10,10 @@ Orthogonal matching pursuit (Pati, Rezaiifar, Krishnaprasad 1993) is greedy. s t
     z   = argmin_z || y - z D[n_1 .. n_k] ||    refit all coefficients by least squares
     r   = y - z D[n_1 .. n_k]                   the new residual, orthogonal to every chosen atom
 
-Refitting from scratch costs a least-squares problem a step. Keeping an orthonormal basis q_1 .. q_k of
-the chosen atoms makes it one projection a step, r = r - <r, q_k> q_k, and since the chosen atoms A
-and the basis Q are tied by A = U^T Q with U upper triangular, all coefficients follow at the end from
-one small triangular system, U z = Q y. No (N x N) Gram matrix is needed, and nothing loops over vectors.
+Refitting from scratch is a least-squares problem a step. An orthonormal basis q_1 .. q_k of the
+chosen atoms makes it one projection, r = r - <r, q_k> q_k, and as chosen atoms A and basis Q are
+tied by A = U^T Q, U upper triangular, all coefficients follow at the end from one small triangular
+system, U z = Q y. No (N x N) Gram matrix is needed, and nothing loops over vectors.
 
 `python omp.py` compares the coders on keys and values of the embedded model.
 """
@@ -127,12 +127,10 @@ def pursue(D, Y, sparsity, tol=None):
 
 def pursue_beam(D, Y, sparsity, width):
     """Beam search for D (L, N, m) and Y (L, B, m): indices and coefficients (L, B, s)."""
-    L, N, m = D.shape
-    B, W = Y.shape[1], 1  # W beams now: one empty support, later up to width
-    rows = torch.arange(L, device=Y.device)[:, None, None, None]
+    (L, N, m), B, W = D.shape, Y.shape[1], 1  # W beams now: one empty support, later up to width
     label = torch.randint(2**62, (N,), generator=torch.Generator().manual_seed(0)).to(Y.device)
     indices = torch.zeros(L, B, W, 0, dtype=torch.long, device=Y.device)
-    Q, U, Qy = Y.new_zeros(L, B, W, 0, m), Y.new_zeros(L, B, W, 0, 0), Y.new_zeros(L, B, W, 0)
+    Q, Qy = Y.new_zeros(L, B, W, 0, m), Y.new_zeros(L, B, W, 0)
     residual = Y[:, :, None]  # (L, B, W, m)
     error = residual.square().sum(-1)  # (L, B, W), infinite for a beam that holds nothing
     for k in range(sparsity):
@@ -141,12 +139,10 @@ def pursue_beam(D, Y, sparsity, width):
         correlation.abs_().scatter_(-1, indices, -1)
         best = correlation.topk(min(width, N - k), dim=-1).indices  # (L, B, W, C)
         C = best.shape[-1]
-        atom = D[rows, best]  # (L, B, W, C, m)
-        inner = atom @ Q.mT  # (L, B, W, C, k)
-        q = atom - inner @ Q  # (L, B, W, C, m)
-        norm = q.norm(dim=-1)  # (L, B, W, C)
-        useful = norm > 1e-4
-        q = q * (useful / norm.clamp(min=1e-4))[..., None]
+        atom = gather_atoms(D, best)  # (L, B, W, C, m)
+        q = atom - (atom @ Q.mT) @ Q  # (L, B, W, C, m)
+        norm = q.norm(dim=-1).clamp_(min=1e-4)  # (L, B, W, C)
+        q = q * ((norm > 1e-4) / norm)[..., None]
         step = (q @ residual[..., None])[..., 0]  # (L, B, W, C)
         after = (error[..., None] - step.square()).flatten(2)  # (L, B, W C)
 
@@ -165,21 +161,18 @@ def pursue_beam(D, Y, sparsity, width):
             return x.gather(2, index.reshape(index.shape + (1,) * (x.dim() - 3)).expand(shape))
 
         q, step = take(q.flatten(2, 3), keep), take(step.flatten(2), keep)
-        column = torch.cat((take(inner.flatten(2, 3), keep), torch.where(
-            take(useful.flatten(2), keep), take(norm.flatten(2), keep), 1)[..., None]), dim=-1)
-        U = torch.cat((F.pad(take(U, parent), (0, 0, 0, 1)), column[..., None]), dim=-1)
         Q = torch.cat((take(Q, parent), q[..., None, :]), dim=-2)  # (L, B, W, k + 1, m)
         Qy = torch.cat((take(Qy, parent), step[..., None]), dim=-1)
         indices = torch.cat((take(indices, parent), take(best.flatten(2), keep)[..., None]), dim=-1)
         residual = take(residual, parent) - step[..., None] * q
         error = residual.square().sum(-1).masked_fill(take(after, keep).isinf(), torch.inf)
     first = error.argmin(dim=-1, keepdim=True)  # (L, B, 1)
-    U, Qy, indices = take(U, first)[:, :, 0], take(Qy, first)[:, :, 0], take(indices, first)[:, :, 0]
-    return indices, torch.linalg.solve_triangular(U, Qy[..., None], upper=True)[..., 0]
+    Q, Qy, indices = (take(x, first)[:, :, 0] for x in (Q, Qy, indices))
+    return indices, solve_upper(Q, gather_atoms(D, indices), Qy)
 
 
 def reconstruct(D, indices, coefficients):
-    """Sum of coefficient times atom, (..., B, m), for codes (..., B, s) over D (N, m) or (L, N, m)."""
+    """Vectors z D, (..., B, m), of codes (..., B, s) over D (N, m) or (L, N, m)."""
     table = D.reshape(-1, D.shape[-1])  # (L N, m)
     if D.dim() == 3:
         first = torch.arange(D.shape[0], device=D.device) * D.shape[1]
@@ -231,3 +224,41 @@ def relative_error(D, Y, indices, coefficients):
     """||y - z D|| / ||y|| of every vector, (..., B); 0 for zero vectors."""
     difference = Y - reconstruct(D, indices, coefficients).to(Y.dtype)
     return difference.norm(dim=-1) / Y.norm(dim=-1).clamp(min=1e-12)
+
+
+if __name__ == "__main__":  # the paper's comparison of coders, beam search added, on real vectors
+    import time
+
+    from safetensors.torch import load_file
+
+    from model import Llama, Tokenizer, best_device, find_file
+
+    class Record:
+        """A cache that keeps one layer's vectors and lets attention pass."""
+
+        length, kv = 0, {}
+
+        def attend(self, layer, q, k, v):
+            self.kv[layer] = {"keys": k.flatten(0, 2), "values": v.flatten(0, 2)}
+            return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+
+    device, layer = best_device(), 3
+    model = Llama.from_pretrained("tiny", device, torch.float32)
+    atoms = load_file(find_file("tiny", "dictionary.safetensors"))
+    text = find_file("tiny", "held-out.txt").read_text(encoding="utf-8")
+    tokens = Tokenizer.from_pretrained("tiny").encode(text[:4000])[:512]
+    model(torch.tensor([tokens], device=device), Record())
+    coders = {"omp": omp, "iht": iht, "lasso": lasso}
+    coders.update({f"beam {W}": lambda *a, W=W: omp_beam(*a, width=W) for W in (2, 4, 8)})
+    for kind in ("keys", "values"):
+        D, Y = atoms[kind][layer].to(device, torch.float32), Record.kv[layer][kind]
+        print(f"{len(Y)} {kind} of layer {layer}, N = {len(D)}, m = {D.shape[1]}, on {device}")
+        print("          " + "".join(f"   s = {s:2d}: error    ms" for s in (4, 8, 16)))
+        for name in ("omp", "beam 2", "beam 4", "beam 8", "iht", "lasso"):
+            row = f"  {name:8}"
+            for s in (4, 8, 16):
+                start = time.perf_counter()
+                codes = coders[name](D, Y, s)
+                error = relative_error(D, Y, *codes).mean().item()  # waits for the device
+                row += f"          {error:.3f} {(time.perf_counter() - start) * 1e3:5.0f}"
+            print(row)

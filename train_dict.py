@@ -168,7 +168,8 @@ def learn(args, model, tokenizer, settings):
     else:
         X = torch.cat([batch(seed) for seed in range(-(-args.atoms // held_out.shape[1]))], dim=1)
         start = F.normalize(X[:, torch.randperm(X.shape[1])[:args.atoms].to(device)], dim=-1)
-    learner, step, checkpoint = Learner(start, args.sparsity, args.fade), 0, f"{args.out}.checkpoint"
+    learner = Learner(start, args.sparsity, args.fade)
+    step, checkpoint = 0, f"{args.out}.checkpoint"
     if args.resume:
         step = load_checkpoint(checkpoint, learner, settings)
     began = saved = shown = time.time()
@@ -212,7 +213,7 @@ def load_checkpoint(path, learner, settings):
 
 
 def wikitext():
-    """Paths of WikiText-103's training text, the paper's choice, as .jsonl made from the Hub's parquet."""
+    """Paths of WikiText-103's training text, the paper's choice, fetched from the Hub."""
     try:
         import pyarrow.parquet as parquet
     except ImportError:
