@@ -54,6 +54,9 @@ def run_program(main):
 # --------------------------------------------------------------------------------------------------
 # Configuration
 
+LLAMA3_ROPE = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
+
+
 @dataclass
 class Config:
     vocab_size: int
@@ -77,61 +80,45 @@ class Config:
     @classmethod
     def from_hf(cls, hf):
         """Config from the dict of a config.json. What we do not compute is refused by name."""
-        def need(key):
+        kind, context = hf.get("model_type"), hf.get("max_position_embeddings")
+        for key in ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads",
+                    "intermediate_size", "max_position_embeddings"):
             if hf.get(key) is None:
-                raise InputError(f"config.json has no '{key}': it does not describe a Llama")
-            return hf[key]
-
-        def refuse(key, value, known):
-            raise InputError(f"config.json: {key} = {value!r} is not supported; needed: {known}")
-
-        model_type = hf.get("model_type")
-        if model_type not in ("llama", "mistral", "qwen2"):
-            refuse("model_type", model_type, "llama, mistral, qwen2")
-        if hf.get("quantization_config"):
-            method = hf["quantization_config"].get("quant_method")
-            refuse("quantization_config", method, "unquantised weights")
-        if hf.get("hidden_act", "silu") != "silu":
-            refuse("hidden_act", hf["hidden_act"], "silu")
-        if hf.get("mlp_bias"):
-            refuse("mlp_bias", True, "false")
-        context = need("max_position_embeddings")
-        window = hf.get("sliding_window")
-        sliding = hf.get("use_sliding_window", model_type == "mistral") and window is not None
-        kinds = set(hf.get("layer_types") or ["full_attention"])
-        if sliding and window < context or kinds != {"full_attention"}:
-            refuse("sliding_window", window, "full attention in every layer")
-
+                raise InputError(f"config.json has no {key}: it does not describe a Llama")
         # Two spellings: rope_theta and rope_scaling, or (transformers 5) both in rope_parameters.
         rope = {"rope_theta": hf.get("rope_theta"), **(hf.get("rope_scaling") or {}),
                 **(hf.get("rope_parameters") or {})}
         rope_type = rope.get("rope_type", rope.get("type", "default"))
-        if rope_type not in ("default", "llama3"):
-            refuse("rope type", rope_type, "default, llama3")
-        partial = hf.get("partial_rotary_factor", rope.get("partial_rotary_factor", 1.0))
-        if partial != 1.0:
-            refuse("partial_rotary_factor", partial, "1.0")
-        scaling = None
-        if rope_type == "llama3":
-            names = ["factor", "low_freq_factor", "high_freq_factor"]
-            names.append("original_max_position_embeddings")
-            missing = [name for name in names if name not in rope]
-            if missing:
-                raise InputError(f"config.json: RoPE scaling llama3 lacks {', '.join(missing)}")
-            scaling = {name: float(rope[name]) for name in names}
-
-        dim, n_heads = need("hidden_size"), need("num_attention_heads")
-        kv_heads = hf.get("num_key_value_heads") or n_heads
-        if n_heads % kv_heads:
-            refuse("num_key_value_heads", kv_heads, f"a divisor of {n_heads} attention heads")
-        attention_bias, eos = bool(hf.get("attention_bias")), hf.get("eos_token_id")
+        window = hf.get("sliding_window") or context
+        if not hf.get("use_sliding_window", kind == "mistral"):
+            window = context  # Qwen2 names a window and does not use it
+        heads, kv_heads = hf["num_attention_heads"], hf.get("num_key_value_heads")
+        kv_heads = kv_heads or heads
+        for name, value, fine in (
+                ("model_type", kind, kind in ("llama", "mistral", "qwen2")),
+                ("quantization_config", hf.get("quantization_config"),
+                 not hf.get("quantization_config")),
+                ("hidden_act", hf.get("hidden_act"), hf.get("hidden_act", "silu") == "silu"),
+                ("mlp_bias", hf.get("mlp_bias"), not hf.get("mlp_bias")),
+                ("sliding_window", window, window >= context),
+                ("layer_types", hf.get("layer_types"),
+                 set(hf.get("layer_types") or ()) <= {"full_attention"}),
+                ("rope type", rope_type, rope_type in ("default", "llama3")),
+                ("partial_rotary_factor", rope.get("partial_rotary_factor"),
+                 rope.get("partial_rotary_factor", 1) == 1),
+                ("num_key_value_heads", kv_heads, heads % kv_heads == 0)):
+            if not fine:
+                raise InputError(f"config.json: {name} = {value!r} is not supported; use a Llama, "
+                                 "Mistral or Qwen2 with full attention, plain or llama3 RoPE")
+        scaling = {key: rope[key] for key in LLAMA3_ROPE} if rope_type == "llama3" else None
+        bias, eos = bool(hf.get("attention_bias")), hf.get("eos_token_id")
         return cls(
-            vocab_size=need("vocab_size"), dim=dim, n_layers=need("num_hidden_layers"),
-            n_heads=n_heads, kv_heads=kv_heads, head_dim=hf.get("head_dim") or dim // n_heads,
-            ffn_dim=need("intermediate_size"), context=context,
-            norm_eps=hf.get("rms_norm_eps", 1e-6), rope_scaling=scaling,
-            rope_theta=float(rope["rope_theta"] or 10000.0), out_bias=attention_bias,
-            qkv_bias=attention_bias or model_type == "qwen2", model_type=model_type,
+            vocab_size=hf["vocab_size"], dim=hf["hidden_size"], n_layers=hf["num_hidden_layers"],
+            n_heads=heads, kv_heads=kv_heads, model_type=kind,
+            head_dim=hf.get("head_dim") or hf["hidden_size"] // heads,
+            ffn_dim=hf["intermediate_size"], context=context,
+            norm_eps=hf.get("rms_norm_eps", 1e-6), rope_theta=float(rope["rope_theta"] or 10000.0),
+            rope_scaling=scaling, qkv_bias=bias or kind == "qwen2", out_bias=bias,
             tied=bool(hf.get("tie_word_embeddings")), bos_id=hf.get("bos_token_id"),
             eos_ids=tuple(eos) if isinstance(eos, list) else () if eos is None else (eos,))
 
@@ -173,11 +160,10 @@ def rope_frequencies(config):
     frequency = config.rope_theta ** (-torch.arange(0, m, 2, device="cpu") / m)  # (m / 2,)
     if config.rope_scaling is None:
         return frequency
-    scaling = config.rope_scaling
-    low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
-    cycles = scaling["original_max_position_embeddings"] * frequency / (2 * math.pi)
+    factor, low, high, context = (config.rope_scaling[key] for key in LLAMA3_ROPE)
+    cycles = context * frequency / (2 * math.pi)
     blend = ((cycles - low) / (high - low)).clamp(0, 1)  # 0: low frequency, 1: high frequency
-    return frequency * (blend + (1 - blend) / scaling["factor"])
+    return frequency * (blend + (1 - blend) / factor)
 
 
 def rotate(x, cos, sin):
@@ -299,33 +285,29 @@ class Llama(nn.Module):
         """
         config, device = Config.from_pretrained(name_or_path), device or best_device()
         with torch.device("meta"):
-            model = cls(config)
-        expected, problems = dict(model.named_parameters()), []
+            model = cls(config).requires_grad_(False)
+        weights = {}
         for path in weight_files(name_or_path):
             try:
                 with safe_open(path, "pt") as file:
                     for name in file.keys():
-                        short = name.removeprefix("model.")
-                        if name.endswith("inv_freq") or config.tied and name == "lm_head.weight":
-                            continue  # some files carry what is computed here, or a tied weight
-                        parameter, tensor = expected.pop(short, None), file.get_tensor(name)
-                        if parameter is None:
-                            problems.append(f"{name} is unexpected")
-                        elif tensor.shape != parameter.shape:
-                            shapes = f"{list(tensor.shape)}, not {list(parameter.shape)}"
-                            problems.append(f"{name} has shape {shapes}")
-                        elif not tensor.is_floating_point() or tensor.itemsize < 2:
-                            problems.append(f"{name} is quantised ({tensor.dtype})")
-                        else:
-                            module, _, leaf = short.rpartition(".")
-                            weight = nn.Parameter(tensor.to(device, dtype), requires_grad=False)
-                            setattr(model.get_submodule(module), leaf, weight)
+                        weight = file.get_tensor(name).to(device, dtype)
+                        weights[name.removeprefix("model.")] = weight
             except (SafetensorError, OSError) as error:
                 raise InputError(f"{path} is damaged ({error}); fetch it again") from None
-        problems += [f"{name} is missing" for name in expected]
+        expected = {name: tuple(p.shape) for name, p in model.named_parameters()}
+        computed = [name for name in weights if name.endswith("inv_freq")]  # in old checkpoints
+        for name in computed + ["lm_head.weight"] * config.tied:
+            weights.pop(name, None)
+        problems = [f"{name} is missing" for name in expected.keys() - weights.keys()]
+        problems += [f"{name} is unexpected" for name in weights.keys() - expected.keys()]
+        problems += [f"{name} is {tuple(weight.shape)}, not {expected[name]}"
+                     for name, weight in weights.items()
+                     if tuple(weight.shape) != expected.get(name, tuple(weight.shape))]
         if problems:
             raise InputError(f"weights of '{name_or_path}' do not fit its config.json: "
-                             + "; ".join(problems))
+                             + "; ".join(sorted(problems)))
+        model.load_state_dict(weights, assign=True)
         return model.eval()
 
     def save_pretrained(self, folder, dtype=torch.bfloat16):
