@@ -121,13 +121,49 @@ def snapkv(share, start, window=32, pool=7):
 # --------------------------------------------------------------------------------------------------
 # Measures
 
-@torch.inference_mode()
-def log_probabilities(model, tokens, cache):
-    return model(tokens, cache).float().log_softmax(-1)
+class Judge:
+    """A model, texts and recall prompts, and what the full cache makes of them."""
 
+    def __init__(self, model, tokenizer, text, count=4, length=1024, facts=24, seed=0, buffer=32):
+        self.model, self.buffer, self.half = model, buffer, length // 2
+        device, rng = next(model.parameters()).device, random.Random(seed)
+        ids = tokenizer.encode(text, bos=False)
+        starts = [rng.randrange(len(ids) - length) for _ in range(count)]
+        bos = [tokenizer.bos_id] * (tokenizer.bos_id is not None)
+        self.rows = torch.tensor([(bos + ids[start:])[:length] for start in starts], device=device)
+        self.full = self._decode(lambda start: None)
+        self.recalls = []  # token rows, and where the answer and the question begin in them
+        for i in range(facts):  # one fact to find among eight, told at any depth of the text
+            place = rng.randrange(len(text) - 4 * length)
+            context, questions = recall(rng, text[place:place + 3 * length], 8, 1, (i % 8) / 8)
+            parts = [tokenizer.encode(context)[-length:]]
+            parts += [tokenizer.encode(part, bos=False) for part in questions[0]]
+            row = torch.tensor([sum(parts, [])], device=device)
+            self.recalls.append((row, len(parts[0]) + len(parts[1]), len(parts[0])))
 
-def fidelity(full, other, targets):
-    """KL(full || other), top-1 agreement, perplexity, for log-probabilities (B, T, vocab)."""
-    kl = (full.exp() * (full - other)).sum(-1).mean().item()
-    same = (full.argmax(-1) == other.argmax(-1)).float().mean().item()
-    return kl, same, other.gather(-1, targets[..., None]).mean().neg().exp().item()
+    def _cache(self, method, start):
+        return Simulated(method(start), self.buffer, start if method(start) in EVICTING else 0)
+
+    @torch.inference_mode()
+    def _decode(self, method):
+        """Log-probabilities (rows, half, vocab) of the second half of every text."""
+        return torch.cat([self.model(row[None], self._cache(method, self.half))[:, self.half - 1:-1]
+                          .float().log_softmax(-1) for row in self.rows])
+
+    def fidelity(self, method):
+        """KL(full || method), top-1 agreement and perplexity. method: start -> compress."""
+        q, p = self._decode(method), self.full
+        targets = self.rows[:, self.half:, None]
+        return {"kl": (p.exp() * (p - q)).sum(-1).mean().item(),
+                "top1": (p.argmax(-1) == q.argmax(-1)).float().mean().item(),
+                "ppl": q.gather(-1, targets).mean().neg().exp().item()}
+
+    @torch.inference_mode()
+    def recall(self, method):
+        """Share of facts recalled with every token right. What comes before the question is
+        compressed without having seen it."""
+        right = 0
+        for row, answer, question in self.recalls:
+            best = self.model(row, self._cache(method, question)).argmax(-1)
+            right += torch.equal(best[:, answer - 1:-1], row[:, answer:])
+        return right / len(self.recalls)

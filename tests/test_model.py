@@ -1,5 +1,6 @@
 """What model.py promises: the network against numpy, loading, refusals, the tokenizer."""
 
+import base64
 import json
 import random
 import subprocess
@@ -8,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import tokenizers
 import torch
 from safetensors.torch import load_file, save_file
 
@@ -19,29 +21,29 @@ SMALL = Config(vocab_size=300, dim=32, n_layers=2, n_heads=4, kv_heads=2, head_d
                context=256)
 
 
-def random_model(seed=0, **changes):
-    torch.manual_seed(seed)
+def random_model(**changes):
+    torch.manual_seed(0)
     model = Llama.random(Config(**{**vars(SMALL), **changes}), "cpu")
     for parameter in model.parameters():  # large enough that every part shows in the logits
-        parameter.data.normal_(std=0.4) if parameter.dim() == 2 else parameter.data.uniform_(0.5, 2)
+        parameter.normal_(std=0.4) if parameter.dim() == 2 else parameter.uniform_(0.5, 2)
     return model
 
 
 def numpy_llama(model, tokens):
     """The forward pass for one sequence, one head at a time, in float64."""
-    c, w = model.config, {n: p.detach().double().numpy() for n, p in model.named_parameters()}
+    c, w = model.config, {n: p.double().numpy() for n, p in model.named_parameters()}
+    T, half = len(tokens), c.head_dim // 2
+    turn = np.exp(1j * np.arange(T)[:, None] * c.rope_theta ** (-np.arange(half) / half))
 
-    def norm(x, weight):
-        return x / np.sqrt((x * x).mean(-1, keepdims=True) + c.norm_eps) * weight
+    def norm(x, name):
+        return x / np.sqrt((x * x).mean(-1, keepdims=True) + c.norm_eps) * w[f"{name}.weight"]
 
     def linear(x, name):
         return x @ w[f"{name}.weight"].T + w.get(f"{name}.bias", 0)
 
-    T, half = len(tokens), c.head_dim // 2
-    turn = np.exp(1j * np.arange(T)[:, None] * c.rope_theta ** (-np.arange(half) / half))
     x = w["embed_tokens.weight"][tokens]
     for i in range(c.n_layers):
-        h, name = norm(x, w[f"layers.{i}.input_layernorm.weight"]), f"layers.{i}.self_attn"
+        h, name = norm(x, f"layers.{i}.input_layernorm"), f"layers.{i}.self_attn"
         q, k, v = (linear(h, f"{name}.{p}_proj").reshape(T, -1, c.head_dim) for p in "qkv")
         heads = []
         for head in range(c.n_heads):
@@ -54,12 +56,11 @@ def numpy_llama(model, tokens):
             p = np.exp(scores - scores.max(-1, keepdims=True))
             heads.append(p / p.sum(-1, keepdims=True) @ v[:, kv_head])
         x = x + linear(np.concatenate(heads, -1), f"{name}.o_proj")
-        h, name = norm(x, w[f"layers.{i}.post_attention_layernorm.weight"]), f"layers.{i}.mlp"
+        h, name = norm(x, f"layers.{i}.post_attention_layernorm"), f"layers.{i}.mlp"
         gate = linear(h, f"{name}.gate_proj")
         silu = gate / (1 + np.exp(-gate))
         x = x + linear(silu * linear(h, f"{name}.up_proj"), f"{name}.down_proj")
-    head = "embed_tokens" if c.tied else "lm_head"
-    return norm(x, w["norm.weight"]) @ w[f"{head}.weight"].T
+    return linear(norm(x, "norm"), "embed_tokens" if c.tied else "lm_head")
 
 
 @pytest.mark.parametrize("changes", [{}, {"kv_heads": 4}, {"kv_heads": 1, "tied": True},
@@ -67,9 +68,8 @@ def numpy_llama(model, tokens):
 def test_logits_equal_numpy_with_grouped_heads_biases_and_tied_weights(changes):
     model, tokens = random_model(**changes), torch.randint(0, 300, (2, 17))
     logits = model(tokens)
-    for row in range(2):
-        np.testing.assert_allclose(logits[row].detach().numpy(),
-                                   numpy_llama(model, tokens[row].numpy()), rtol=1e-3, atol=1e-3)
+    expected = np.stack([numpy_llama(model, row.numpy()) for row in tokens])
+    np.testing.assert_allclose(logits.numpy(), expected, rtol=1e-3, atol=1e-3)
     torch.testing.assert_close(model(tokens, last_only=True), logits[:, -1:])
 
 
@@ -81,32 +81,28 @@ def test_chunked_prefill_and_single_steps_equal_one_pass():
     assert cache.length == 30
 
 
+LLAMA31 = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+           "original_max_position_embeddings": 8192.0}
+
+
 def test_llama3_rope_scaling_follows_the_formula():
-    scaling = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
-               "original_max_position_embeddings": 8192.0}
-    config = Config(**{**vars(SMALL), "head_dim": 128, "rope_theta": 5e5, "rope_scaling": scaling})
+    config = Config(**{**vars(SMALL), "head_dim": 128, "rope_theta": 5e5, "rope_scaling": LLAMA31})
     for i, got in enumerate(rope_frequencies(config).tolist()):
         plain = 5e5 ** (-2 * i / 128)
         wavelength = 2 * np.pi / plain
-        if wavelength < 8192 / 4:
-            expected = plain
-        elif wavelength > 8192 / 1:
-            expected = plain / 8
-        else:
-            smooth = (8192 / wavelength - 1) / (4 - 1)
-            expected = (1 - smooth) * plain / 8 + smooth * plain
-        assert got == pytest.approx(expected, rel=1e-4)
+        smooth = np.clip((8192 / wavelength - 1) / (4 - 1), 0, 1)
+        assert got == pytest.approx((1 - smooth) * plain / 8 + smooth * plain, rel=1e-4)
 
 
-def test_both_spellings_of_rope_give_one_config():
-    hf = {**SMALL.to_hf(), "rope_theta": 5e5}
-    scaling = {"rope_type": "llama3", "factor": 8, "low_freq_factor": 1, "high_freq_factor": 4,
-               "original_max_position_embeddings": 8192}
-    old = {**hf, "rope_scaling": scaling}
+def test_configs_of_all_families_and_both_spellings_of_rope_are_read():
+    hf, scaling = SMALL.to_hf(), {"rope_type": "llama3", **LLAMA31}
+    old = {**hf, "rope_theta": 5e5, "rope_scaling": scaling}
     new = {**hf, "rope_theta": None, "rope_parameters": {"rope_theta": 5e5, **scaling}}
-    assert Config.from_hf(old) == Config.from_hf(new)
-    assert Config.from_hf(old).rope_scaling["factor"] == 8
-    assert Config.from_hf(SMALL.to_hf()) == SMALL
+    assert Config.from_hf(old) == Config.from_hf(new) and Config.from_hf(hf) == SMALL
+    assert Config.from_hf(old).rope_scaling == LLAMA31
+    qwen = {**hf, "model_type": "qwen2", "sliding_window": 128, "use_sliding_window": False}
+    assert Config.from_hf(qwen).qkv_bias and not Config.from_hf(qwen).out_bias
+    assert Config.from_hf({**hf, "model_type": "mistral", "sliding_window": None}).kv_heads == 2
 
 
 @pytest.mark.parametrize("change, named", [
@@ -122,15 +118,7 @@ def test_what_is_not_computed_is_refused_by_name(change, named):
         Config.from_hf({**SMALL.to_hf(), **change})
 
 
-def test_mistral_and_qwen_configs_are_read():
-    hf = SMALL.to_hf()
-    unused = {"sliding_window": 128, "use_sliding_window": False}
-    assert Config.from_hf({**hf, "model_type": "qwen2", **unused}).qkv_bias
-    assert not Config.from_hf({**hf, "model_type": "qwen2"}).out_bias
-    assert Config.from_hf({**hf, "model_type": "mistral", "sliding_window": None}).kv_heads == 2
-
-
-def test_sharded_weights_load_as_one_file_does(tmp_path):
+def test_sharded_weights_load_as_one_file_and_every_tensor_that_does_not_fit_is_named(tmp_path):
     model, tokens = random_model(), torch.randint(0, 300, (1, 9))
     model.save_pretrained(tmp_path, torch.float32)
     state = load_file(tmp_path / "model.safetensors")
@@ -140,21 +128,14 @@ def test_sharded_weights_load_as_one_file_does(tmp_path):
     index = {"weight_map": {key: name for name, half in halves.items() for key in half}}
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
     (tmp_path / "model.safetensors").unlink()
-    loaded = Llama.from_pretrained(tmp_path, "cpu")
-    torch.testing.assert_close(loaded(tokens), model(tokens))
-
-
-def test_missing_unexpected_and_misshapen_tensors_are_named(tmp_path):
-    random_model().save_pretrained(tmp_path, torch.float32)
-    state = load_file(tmp_path / "model.safetensors")
+    torch.testing.assert_close(Llama.from_pretrained(tmp_path, "cpu")(tokens), model(tokens))
     del state["model.norm.weight"]
     state["model.layers.0.mlp.up_proj.weight"] = torch.zeros(3, 3)
     state["model.extra.weight"] = torch.zeros(3)
-    save_file(state, tmp_path / "model.safetensors")
-    with pytest.raises(InputError) as error:
+    save_file(state, tmp_path / name)
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"": name}}))
+    with pytest.raises(InputError, match="extra.* unexpected.*up_proj.* is .3, 3.*norm.* missing"):
         Llama.from_pretrained(tmp_path, "cpu")
-    for words in ("norm.weight is missing", "extra.weight is unexpected", "up_proj.weight is (3, 3)"):
-        assert words in str(error.value)
 
 
 def test_loading_needs_little_more_memory_than_the_weights(tmp_path):
@@ -163,42 +144,31 @@ def test_loading_needs_little_more_memory_than_the_weights(tmp_path):
     program = ("import resource, sys, torch; from model import Llama\n"
                "peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024\n"
                "before = peak(); model = Llama.from_pretrained(sys.argv[1], 'cpu')\n"
-               "total = sum(p.double().sum().item() for p in model.parameters())\n"
+               "total = sum(p.sum().item() for p in model.parameters())\n"
                "print(peak() - before)")
     used = int(subprocess.run([sys.executable, "-c", program, tmp_path], check=True,
-                              capture_output=True, text=True).stdout)
+                              cwd=TINY.parent, capture_output=True, text=True).stdout)
     assert used < 1.3 * (tmp_path / "model.safetensors").stat().st_size
 
 
-def test_tiny_loads_from_any_directory_and_gives_its_golden_logits_and_text(tmp_path, monkeypatch):
+def test_tiny_loads_from_any_directory_and_gives_its_golden_logits(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     model = Llama.from_pretrained("tiny", "cpu", torch.float32)
-    tokenizer = Tokenizer.from_pretrained("tiny")
-    tokens = torch.tensor([tokenizer.encode("Once upon a time, there was a little")])
-    np.testing.assert_allclose(model(tokens)[0].detach().numpy(),
-                               numpy_llama(model, tokens[0].numpy()), rtol=1e-3, atol=2e-3)
-    for _ in range(12):
-        tokens = torch.cat((tokens, model(tokens, last_only=True).argmax(-1)), dim=1)
-    assert tokenizer.decode(tokens[0].tolist()) == GOLDEN
+    tokens = torch.tensor([Tokenizer.from_pretrained("tiny").encode("Once upon a time, there was")])
+    logits = model(tokens)[0].numpy()
+    np.testing.assert_allclose(logits, numpy_llama(model, tokens[0].numpy()), rtol=1e-3, atol=2e-3)
+    best = np.sort(logits[-1])[::-1][:5]
+    np.testing.assert_allclose(best, GOLDEN_LOGITS, atol=2e-3)
 
 
-GOLDEN = "Once upon a time, there was a little"
+GOLDEN_LOGITS = [0.0] * 5
 
 
 # The tokenizer
 
-def random_text(rng, length=60):
-    pieces = [" ", "  ", "\n", "\r\n", "\t", "'s", "'LL", "12", " 7", "3456", "the ", " cat", "é",
-              "\u3000", "²", "Ⅷ", "e\u0301", "\u00a0", "<|end_of_text|>", "🦙"]
-    anything = [chr(c) for c in (rng.randrange(0x110000) for _ in range(20))
-                if not 0xD800 <= c < 0xE000]
-    return "".join(rng.choices(pieces + anything, k=length))
-
-
-@pytest.mark.parametrize("variant", ["as it is", "gpt2", "digits", "nfc", "id order"])
+@pytest.mark.parametrize("variant", ["as it is", "gpt2", "digits", "nfc", "shuffled ids"])
 def test_tokens_are_those_of_hf_tokenizers_on_any_text(variant, tmp_path):
-    tokenizers = pytest.importorskip("tokenizers")
-    hf = json.loads((TINY / "tokenizer.json").read_text())
+    hf, rng = json.loads((TINY / "tokenizer.json").read_text()), random.Random(0)
     byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True}
     if variant == "gpt2":
         hf["pre_tokenizer"] = byte_level
@@ -207,54 +177,46 @@ def test_tokens_are_those_of_hf_tokenizers_on_any_text(variant, tmp_path):
         hf["pre_tokenizer"] = {"type": "Sequence", "pretokenizers": [digits, byte_level]}
     if variant == "nfc":  # Qwen2.5
         hf["normalizer"] = {"type": "NFC"}
-    if variant == "id order":  # ids that follow no order
+    if variant == "shuffled ids":
         vocab = hf["model"]["vocab"]
         plain = [token for token in vocab if not token.startswith("<|")]
-        vocab.update(zip(plain, random.Random(0).sample([vocab[t] for t in plain], len(plain))))
+        vocab.update(zip(plain, rng.sample([vocab[token] for token in plain], len(plain))))
     (tmp_path / "tokenizer.json").write_text(json.dumps(hf))
-    reference = tokenizers.Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
-    reference.encode_special_tokens = True  # as ours: text is only ever text
-    ours, rng = Tokenizer.from_pretrained(tmp_path), random.Random(0)
+    theirs = tokenizers.Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
+    theirs.encode_special_tokens = True  # as ours: text is only ever text
+    ours = Tokenizer.from_pretrained(tmp_path)
+    pieces = [" ", "  ", "\n", "\r\n", "\t", "'s", "'LL", "12", " 7", "3456", "the ", " cat", "é",
+              "\u3000", "²", "Ⅷ", "e\u0301", "\u00a0", "<|end_of_text|>", "🦙"]
     for _ in range(300):
-        text = random_text(rng)
-        assert ours.encode(text) == reference.encode(text).ids
-        if variant != "nfc":
-            assert ours.decode(ours.encode(text)) == text
+        anything = [chr(c) for c in rng.choices(range(0x110000), k=20) if not 0xD800 <= c < 0xE000]
+        text = "".join(rng.choices(pieces + anything, k=60))
+        assert ours.encode(text) == theirs.encode(text).ids
+        assert variant == "nfc" or ours.decode(ours.encode(text)) == text
 
 
-def test_every_character_survives_the_round_trip_and_streaming_never_shows_half_of_one():
+def test_every_character_survives_and_streaming_never_shows_half_of_one():
     tokenizer = Tokenizer.from_pretrained("tiny")
     for start in range(0, 0x110000, 4096):
         text = "".join(chr(c) for c in range(start, start + 4096) if not 0xD800 <= c < 0xE000)
         ids, stream = tokenizer.encode(text), tokenizer.stream()
-        assert tokenizer.decode(ids) == text
-        shown = [stream(i) for i in [*ids, None]]
-        assert "".join(shown) == text
+        assert tokenizer.decode(ids) == text == "".join(map(stream, [*ids, None]))
 
 
 def test_special_tokens_in_a_text_are_only_text():
     tokenizer = Tokenizer.from_pretrained("tiny")
     ids = tokenizer.encode("<|end_of_text|>", bos=False)
     assert not set(ids) & set(tokenizer.special.values())
-    assert tokenizer.encode("")[:1] == [tokenizer.bos_id]
+    assert tokenizer.encode("") == [tokenizer.bos_id]
 
 
-def test_tiktoken_files_are_read(tmp_path):
-    import base64
+def test_tiktoken_files_and_other_vocabularies_are_read(tmp_path):
     tokens = [bytes([b]) for b in range(256)] + [b"he", b"hel", b"hell", b"hello"]
     lines = [base64.b64encode(token) + b" %d" % rank for rank, token in enumerate(tokens)]
     (tmp_path / "tokenizer.model").write_bytes(b"\n".join(lines))
-    tokenizer = Tokenizer.from_pretrained(tmp_path)
-    assert tokenizer.encode("hello hell", bos=False) == [259, 32, 258]
-    assert tokenizer.encode("x")[0] == 128000 == tokenizer.special["<|begin_of_text|>"]
-
-
-def test_other_vocabularies_go_through_the_tokenizers_package(tmp_path):
-    tokenizers = pytest.importorskip("tokenizers")
+    assert Tokenizer.from_pretrained(tmp_path).encode("hello hell") == [128000, 259, 32, 258]
     bpe = tokenizers.SentencePieceBPETokenizer()
     bpe.train_from_iterator(["the cat sat on the mat " * 50], vocab_size=60, show_progress=False)
     bpe.save(str(tmp_path / "tokenizer.json"))
-    ours = Tokenizer.from_pretrained(tmp_path)
-    ids = ours.encode("the cat sat")
-    assert ids == bpe.encode("the cat sat", add_special_tokens=False).ids
-    assert ours.decode(ids) == " the cat sat"
+    ours, text = Tokenizer.from_pretrained(tmp_path), "the cat sat"
+    assert ours.encode(text) == bpe.encode(text, add_special_tokens=False).ids
+    assert ours.decode(ours.encode(text)) == " " + text
