@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-from lexico import DenseCache, Dictionaries, SparseCache
+from lexico import CODINGS, DenseCache, Dictionaries, SparseCache
 from model import Config, InputError, Llama, Tokenizer, best_device, run_program
 
 
@@ -134,6 +134,7 @@ def parse_arguments():
     add("--buffer", type=int, default=32, help="newest tokens kept dense (default 32)")
     add("--window", type=int, default=1, help="tokens coded at a time (default 1)")
     add("--beam", type=int, default=1, help="width of the search (default 1: plain OMP)")
+    add("--coding", choices=CODINGS, default="fp8", help="how codes are stored (default fp8)")
     add("--max-new-tokens", type=int, default=200)
     add("--temperature", type=float, default=0.0, help="0 (default): always the likeliest token")
     add("--top-p", type=float, default=1.0)
@@ -180,7 +181,7 @@ def main():
             cache = DenseCache(config, device=device, dtype=model.norm.weight.dtype)
         else:
             cache = SparseCache(config, dictionaries, args.sparsity, args.buffer, args.window,
-                                beam=args.beam, dtype=torch.bfloat16)
+                                beam=args.beam, coding=args.coding, dtype=torch.bfloat16)
         generator = torch.Generator().manual_seed(args.seed)
         count = min(args.max_new_tokens, config.context - prompt.shape[1] + 1)
         steps, ended = [], "context full" if count < args.max_new_tokens else "as asked for"

@@ -29,7 +29,7 @@ from safetensors.torch import save_file
 from torch.nn.attention.bias import causal_lower_right
 
 from model import InputError, best_device, find_file
-from omp import omp, omp_beam, reconstruct
+from omp import omp, omp_beam, reconstruct, round_to_levels
 
 KEYS, VALUES = 0, 1  # the first dimension of everything that exists for both
 FORMAT = "lexico-dictionaries-1"
@@ -49,7 +49,7 @@ class Dictionaries:
     def __init__(self, atoms, scale, config, **metadata):
         self.atoms, self.scale, self.metadata = atoms, scale, metadata
         self.shape = shape_of(config) if not isinstance(config, dict) else config
-        self.n_atoms = atoms.shape[2]
+        self.n_atoms, self.device = atoms.shape[2], atoms.device
 
     def to(self, device, dtype=None):
         atoms, scale = self.atoms.to(device, dtype), self.scale.to(device)
@@ -122,60 +122,80 @@ def shape_of(config):
 # --------------------------------------------------------------------------------------------------
 # Codes: how indices and coefficients are stored
 
-class Codes:
-    """Coded vectors (2, L, B, H, capacity) of s coefficients each, 3 s bytes a vector.
+CODINGS = {  # the parts of a vector's code: numbers in it (0: s) and their type
+    "fp8": ((0, torch.int16), (0, torch.float8_e4m3fn)),
+    "word": ((0, torch.int16), (1, torch.uint8)),
+    "float32": ((0, torch.int16), (0, torch.float32))}
 
-    Indices are int16, coefficients FP8 E4M3 (4 exponent bits, 3 of mantissa), in units of the
-    dictionary's scale. E4M3 ends at 448, and what is larger becomes that, not NaN.
+
+class Codes:
+    """Coded vectors (2, L, B, H, capacity), s coefficients each, row by row, in one of three forms.
+
+    fp8      the published one, 3 s bytes: s int16 indices; s coefficients in FP8 E4M3 (4 bits of
+             exponent, 3 of mantissa) in units of the dictionary's scale. What is larger than
+             E4M3's largest number, 448, becomes that, not NaN.
+    word     2 s + 1 bytes: s words of 16 bits, the index in the high log2 N, in the rest a signed
+             level; and a byte e. A coefficient is level x 2^(e/16 - 8) in units of the scale.
+    float32  6 s bytes: coefficients as they are, to see sparsity alone.
     """
 
-    def __init__(self, dictionaries, sparsity, batch, kv_heads, exact=False):
-        self.dictionaries, self.scale = dictionaries, dictionaries.scale
-        self.exact = exact  # float32 coefficients: for experiments, to see sparsity alone
-        lead = (2, dictionaries.atoms.shape[1], batch, kv_heads, 0, sparsity)
-        device = self.scale.device
-        self.indices = torch.empty(lead, dtype=torch.int16, device=device)
-        dtype = torch.float32 if exact else torch.float8_e4m3fn
-        self.coefficients = torch.empty(lead, dtype=dtype, device=device)
+    def __init__(self, dictionaries, sparsity, batch, kv_heads, coding="fp8"):
+        if coding not in CODINGS:
+            raise InputError(f"coding '{coding}' is unknown; there are {', '.join(CODINGS)}")
+        self.dictionaries, self.coding = dictionaries, coding
+        self.bits = 16 - (dictionaries.n_atoms - 1).bit_length()  # for the level in a word
+        if coding == "word" and self.bits < 3:
+            raise InputError(f"coding word has no room for {dictionaries.n_atoms} atoms; use fp8")
+        lead = (2, dictionaries.atoms.shape[1], batch, kv_heads, 0)
+        self.parts = [torch.empty(*lead, width or sparsity, dtype=dtype, device=dictionaries.device)
+                      for width, dtype in CODINGS[coding]]
+        self.vector_bytes = sum(part.shape[-1] * part.itemsize for part in self.parts)
 
     def reserve(self, capacity):
         """Make room for `capacity` tokens in all."""
-        for name in ("indices", "coefficients"):
-            old = getattr(self, name)
+        for i, old in enumerate(self.parts):
             if capacity > old.shape[4]:
-                new = old.new_empty(*old.shape[:4], capacity, old.shape[5])
-                new[..., :old.shape[4], :] = old
-                setattr(self, name, new)
+                self.parts[i] = old.new_empty(*old.shape[:4], capacity, old.shape[5])
+                self.parts[i][..., :old.shape[4], :] = old
 
-    def write(self, layers, start, indices, coefficients):
-        """Store codes (2, L or 1, B, H, T, s) of the layers (a slice) from token `start` on."""
-        end = start + indices.shape[4]
-        units = coefficients / self.scale[:, layers, None, None, None, None]
-        if not self.exact:
-            units = units.clamp(-448, 448)
-        self.indices[:, layers, :, :, start:end] = indices.to(torch.int16)
-        self.coefficients[:, layers, :, :, start:end] = units.to(self.coefficients.dtype)
+    def write(self, layers, start, x, search):
+        """Code vectors x (2, L or 1, B, H, T, m) of some layers (a slice), tokens from `start` on.
+
+        search(D, Y) finds indices and coefficients, as omp does.
+        """
+        if x.shape[4] > PIECE:  # a long prompt: what is held at a time stays small
+            for i in range(0, x.shape[4], PIECE):
+                self.write(layers, start + i, x[:, :, :, :, i:i + PIECE], search)
+            return
+        D = self.dictionaries.atoms[:, layers].flatten(0, 1)  # (2 L, N, m)
+        Y = x.flatten(0, 1).flatten(1, 3).to(D.dtype)  # (2 L, B H T, m)
+        Y = Y / self.dictionaries.scale[:, layers].reshape(-1, 1, 1)
+        indices, z = search(D, Y)  # (2 L, B H T, s)
+        if self.coding == "word":
+            level, exponent = round_to_levels(D, Y, indices, z, self.bits)
+            word = indices << self.bits | level & (1 << self.bits) - 1
+            parts = word - (word >= 1 << 15) * (1 << 16), exponent[..., None]  # as signed 16 bits
+        else:
+            parts = indices, z.clamp(-448, 448) if self.coding == "fp8" else z
+        for stored, part in zip(self.parts, parts):
+            part = part.view(*x.shape[:-1], -1).to(stored.dtype)
+            stored[:, layers, :, :, start:start + x.shape[4]] = part
 
     def read(self, kind, layer, start, end):
         """Indices int32 and coefficients float32, (B H, T, s), of tokens start .. end; coefficients
         are in units of scale[kind, layer]."""
-        indices = self.indices[kind, layer, :, :, start:end].flatten(0, 1)
-        coefficients = self.coefficients[kind, layer, :, :, start:end].flatten(0, 1)
-        return indices.int(), coefficients.float()
-
-    def vectors(self, kind, layer, start, end):
-        """The vectors z D themselves, (B H, T, m): to look at. Attention never needs them."""
-        D = self.dictionaries.atoms[kind, layer]
-        indices, units = self.read(kind, layer, start, end)
-        P, T, _ = indices.shape
-        x = reconstruct(D, indices.flatten(0, 1), units.flatten(0, 1) * self.scale[kind, layer])
-        return x.view(P, T, -1)
+        first, second = (part[kind, layer, :, :, start:end].flatten(0, 1) for part in self.parts)
+        if self.coding != "word":
+            return first.int(), second.float()
+        word = first.int()
+        level = word << 32 - self.bits >> 32 - self.bits  # the low bits, with their sign
+        return (word & 0xFFFF) >> self.bits, level * torch.exp2(second.float() / 16 - 8)
 
     def nbytes(self, tokens=None):
-        """Bytes of so many tokens' codes (all that is reserved, by default)."""
-        each = [t.nbytes if tokens is None else t[..., :tokens, :].numel() * t.itemsize
-                for t in (self.indices, self.coefficients)]
-        return sum(each)
+        """Bytes of so many tokens' codes (of all that is reserved, by default)."""
+        vectors = self.parts[0][..., 0].numel() if tokens is None else (
+            tokens * self.parts[0][..., 0, 0].shape[:4].numel())
+        return vectors * self.vector_bytes
 
 
 # --------------------------------------------------------------------------------------------------
@@ -243,11 +263,11 @@ class SparseCache:
     buffer: tokens always kept dense. window: tokens coded at a time once the buffer overflows.
     batch: sequences, all of one length. capacity: tokens to reserve room for, where known.
     beam: width of the search (1: plain OMP). tol: relative error at which a vector needs no more.
-    exact: keep coefficients in float32 (4 bytes). dtype: of the buffer.
+    coding: how codes are stored (see Codes). dtype: of the buffer.
     """
 
     def __init__(self, config, dictionaries, sparsity=8, buffer=128, window=1, batch=1, capacity=0,
-                 beam=1, tol=None, exact=False, dtype=None):
+                 beam=1, tol=None, coding="fp8", dtype=None):
         dictionaries.check(config)
         largest = min(config.head_dim, dictionaries.n_atoms)
         if not 1 <= sparsity <= largest:
@@ -260,7 +280,7 @@ class SparseCache:
         self.buffer, self.window, self.beam, self.tol = buffer, window, beam, tol
         self.length = self.coded = 0  # tokens seen; the oldest of them, coded
         atoms = dictionaries.atoms
-        self.codes = Codes(dictionaries, sparsity, batch, config.kv_heads, exact)
+        self.codes = Codes(dictionaries, sparsity, batch, config.kv_heads, coding)
         self.codes.reserve(max(0, capacity - buffer))
         # Token t waits in slot t mod (buffer + window). Keys carry their position (they are kept
         # after RoPE), so attention does not mind the order.
@@ -302,7 +322,8 @@ class SparseCache:
         kv, over = torch.stack((keys, values)), max(0, end - self.buffer - self.coded)
         if over:
             self.codes.reserve(self.coded + over)
-            self._code(slice(layer, layer + 1), self.coded, kv[:, None, :, :, :over])
+            layers = slice(layer, layer + 1)
+            self.codes.write(layers, self.coded, kv[:, None, :, :, :over], self._search)
         rest = torch.arange(self.coded + over, end, device=q.device) % slots
         self.ring[:, layer, :, :, rest] = kv[..., over:, :].to(self.ring.dtype)
         return out
@@ -318,19 +339,23 @@ class SparseCache:
         self.codes.reserve(self.coded + self.window)
         slots = self.ring.shape[4]
         oldest = torch.arange(self.coded, self.coded + self.window, device=self.ring.device) % slots
-        self._code(slice(None), self.coded, self.ring[..., oldest, :])
+        self.codes.write(slice(None), self.coded, self.ring[..., oldest, :], self._search)
         self.coded += self.window
 
-    def _code(self, layers, start, x):
-        """Store codes of x (2, L, B, H, T, m), tokens from `start` on of these layers."""
-        D = self.dictionaries.atoms[:, layers].flatten(0, 1)  # (2 L, N, m)
-        Y = x.flatten(0, 1).flatten(1, 3).to(D.dtype)  # (2 L, B H T, m)
+    def _search(self, D, Y):
         if self.beam > 1:
-            indices, coefficients = omp_beam(D, Y, self.sparsity, self.beam)
-        else:
-            indices, coefficients = omp(D, Y, self.sparsity, self.tol)
-        shape = (*x.shape[:-1], self.sparsity)
-        self.codes.write(layers, start, indices.view(shape), coefficients.view(shape))
+            return omp_beam(D, Y, self.sparsity, self.beam)
+        return omp(D, Y, self.sparsity, self.tol)
+
+    def round_trip(self, layer, x):
+        """Vectors x (2, B, H, T, m) of a layer as their codes give them back: to look at. Attention
+        never needs them. Overwrites what the cache holds."""
+        self.codes.reserve(x.shape[3])
+        self.codes.write(slice(layer, layer + 1), 0, x[:, None], self._search)
+        atoms, scale = self.dictionaries.atoms[:, layer], self.dictionaries.scale[:, layer]
+        codes = [self.codes.read(kind, layer, 0, x.shape[3]) for kind in (KEYS, VALUES)]
+        return torch.stack([scale[kind] * reconstruct(atoms[kind], indices.flatten(0, 1), z.flatten(
+            0, 1)).view_as(x[kind]) for kind, (indices, z) in enumerate(codes)])
 
     def _attend(self, layer, q, keys, values, seen):
         """Attention over all codes and over dense keys, values (B, H, S, m) where seen (T, S).
@@ -340,7 +365,7 @@ class SparseCache:
         """
         (B, _, T, m), P, dtype = q.shape, keys.shape[0] * keys.shape[1], q.dtype
         Dk, Dv = self.dictionaries.atoms[:, layer]  # (N, m)
-        key_scale, value_scale = self.codes.scale[:, layer]
+        key_scale, value_scale = self.dictionaries.scale[:, layer]
         q = q.reshape(P, -1, T, m).to(Dk.dtype)  # (P, G, T, m)
         keys, values = keys.flatten(0, 1).to(Dk.dtype), values.flatten(0, 1).to(Dk.dtype)
         pieces = [(start, min(start + PIECE, self.coded)) for start in range(0, self.coded, PIECE)]

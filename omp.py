@@ -86,7 +86,8 @@ def gather_atoms(D, indices):
     """Atoms (L, ..., m) of the dictionaries D (L, N, m) at indices (L, ...)."""
     L, N, m = D.shape
     first = torch.arange(0, L * N, N, device=D.device).view(L, *[1] * (indices.dim() - 1))
-    return D.view(L * N, m).index_select(0, (indices + first).flatten()).view(*indices.shape, m)
+    rows = D.reshape(L * N, m).index_select(0, (indices + first).flatten())
+    return rows.view(*indices.shape, m)
 
 
 def solve_upper(Q, atoms, Qy):
@@ -180,6 +181,37 @@ def reconstruct(D, indices, coefficients):
     out = F.embedding_bag(indices.flatten(0, -2), table, mode="sum",
                           per_sample_weights=coefficients.flatten(0, -2).to(table.dtype))
     return out.view(*indices.shape[:-1], -1)
+
+
+def round_to_levels(D, Y, indices, coefficients, bits, sweeps=2):
+    """Bring the coefficients of every vector to whole multiples of a step of its own.
+
+    A coefficient becomes level * step, |level| < 2^(bits - 1), step = 2^(e / 16 - 8) with e in
+    0 .. 255. Of three steps, the least that reaches all coefficients and two that cut the largest,
+    each vector takes the best, once coordinate descent has let the levels correct each other's
+    rounding: the best level of one atom, all others fixed, rounds its part in the residual.
+    D (L, N, m), Y (L, B, m), codes (L, B, s) as from omp. Returns levels (L, B, s) and e (L, B).
+    """
+    limit, atoms = 2 ** (bits - 1) - 1, gather_atoms(D, indices)  # (L, B, s, m)
+    square = atoms.square().sum(-1)  # (L, B, s)
+    least, best = torch.full_like(Y[..., 0], torch.inf), None
+    top = coefficients.abs().amax(dim=-1)  # (L, B)
+    for cut in (1.0, 0.84, 0.7):
+        e = (16 * (torch.log2(cut * top / limit) + 8)).ceil().clamp(0, 255)  # (L, B)
+        step = torch.exp2(e / 16 - 8)[..., None]  # (L, B, 1)
+        level = (coefficients / step).round().clamp(-limit, limit)
+        residual = Y - (level * step)[..., None, :].matmul(atoms)[..., 0, :]
+        for j in list(range(indices.shape[-1])) * sweeps:
+            part = (residual * atoms[..., j, :]).sum(-1) / square[..., j]  # (L, B)
+            new = (level[..., j] + part / step[..., 0]).round().clamp(-limit, limit)
+            residual -= ((new - level[..., j]) * step[..., 0])[..., None] * atoms[..., j, :]
+            level[..., j] = new
+        error = residual.square().sum(-1)
+        better = error < least
+        least = torch.where(better, error, least)
+        best = (level, e) if best is None else (torch.where(better[..., None], level, best[0]),
+                                                torch.where(better, e, best[1]))
+    return best[0].long(), best[1]
 
 
 # --------------------------------------------------------------------------------------------------

@@ -5,19 +5,20 @@ older than the buffer is compressed. Each layer sees what the compressed layers 
 input, so errors compound as in real decoding; but all positions run at once: query t sees token u
 as it is if t - u < buffer, else as it comes back from the codes. Against the full cache we take
 
-    KL     mean KL(full || compressed) of the next-token distributions, in nats
-    top-1  how often both find the same token likeliest
-    ppl    perplexity of the text
-    recall how often a fact told once, far back, is recalled to the last digit
+    KL      mean KL(full || compressed) of the next-token distributions, in nats
+    top-1   how often both find the same token likeliest
+    ppl     perplexity of the text
+    recall  how often a fact that was told once, somewhere far back, is recalled to the last digit
 
 Memory is the bytes of a compressed vector over 2 m, those of 16-bit numbers. The peers are short
 simulations: KIVI (Liu et al. 2024, arXiv 2402.02750), per-token quantisation, SnapKV (Li et al.
 2024, arXiv 2404.14469).
 
-    python tests/quality.py --text held-out.txt --figure frontier.png
+    python tests/quality.py --text tiny/held-out.txt --figure frontier.png
 """
 
 import argparse
+import random
 import sys
 from pathlib import Path
 
@@ -27,13 +28,16 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tiny")]
 
 from lexico import Dictionaries, SparseCache  # noqa: E402
-from model import InputError, Llama, Tokenizer, best_device, run_program  # noqa: E402
+from model import Llama, Tokenizer, best_device, run_program  # noqa: E402
 
 
 class Simulated:
-    """A cache for one whole text at a time. compress(layer, k, v) gives what decoding would read.
+    """A cache for one whole text. compress(layer, q, k, v) gives what decoding would read:
 
-    buffer: newest tokens that are kept as they are. start: compression begins with that query.
+        group (tokens that are coded together), k and v as decoded, and kept (..., T), what eviction
+        leaves of the tokens, or None for all.
+
+    buffer: newest tokens that stay as they are. start: the first query that finds anything coded.
     """
 
     length = 0
@@ -43,51 +47,44 @@ class Simulated:
 
     def attend(self, layer, q, k, v):
         B, heads, T, m = q.shape
-        q = q.view(B, k.shape[1], -1, T, m)  # (B, H, G, T, m)
-        k, v = k[:, :, None], v[:, :, None]  # (B, H, 1, T, m)
+        q, k, v = q.view(B, k.shape[1], -1, T, m), k[:, :, None], v[:, :, None]  # (B, H, G, T, m)
         t = torch.arange(T, device=q.device)
-        exact = q @ k.mT / m**0.5  # (B, H, G, T, T)
-        seen = t <= t[:, None]
+        scores, unseen = q @ k.mT, t > t[:, None]  # (B, H, G, T, T)
         if self.compress is None:
-            p = exact.masked_fill(~seen, -torch.inf).softmax(-1)
+            p = (scores / m**0.5).masked_fill(unseen, -torch.inf).softmax(-1)
             return (p @ v).view(B, heads, T, m)
         group, k_hat, v_hat, kept = self.compress(layer, q, k, v)
-        leaves = (t // group + 1) * group - 1 + self.buffer  # a group is compressed as a whole
+        leaves = (t // group + 1) * group - 1 + self.buffer  # a group leaves the buffer as a whole
         old = (t[:, None] >= leaves) & (t[:, None] >= self.start)  # (T, T)
-        scores = torch.where(old, q @ k_hat.mT / m**0.5, exact).masked_fill(~seen, -torch.inf)
-        if kept is not None:  # (B, H, 1, 1, T): what eviction leaves
-            scores = scores.masked_fill(old & ~kept, -torch.inf)
-        p = scores.softmax(-1)
-        out = (p * ~old) @ v + (p * old) @ v_hat
-        return out.view(B, heads, T, m)
+        scores = torch.where(old, q @ k_hat.mT, scores) / m**0.5
+        if kept is not None:
+            unseen = unseen | old & ~kept
+        p = scores.masked_fill(unseen, -torch.inf).softmax(-1)
+        return ((p * ~old) @ v + (p * old) @ v_hat).view(B, heads, T, m)
 
 
 # --------------------------------------------------------------------------------------------------
-# Methods: compress(layer, q, k, v) -> (tokens coded together, k as decoded, v as decoded, kept)
+# Methods
 
-def lexico(config, dictionaries, **options):
+def lexico(config, dictionaries, sparsity, **options):
     """The real codes of the real cache, written and read back."""
     def compress(layer, q, k, v):
         shape = k[:, :, 0].shape  # (B, H, T, m)
-        cache = SparseCache(config, dictionaries, batch=shape[0], buffer=0, **options)
-        cache.codes.reserve(shape[2])
-        cache._code(slice(layer, layer + 1), 0, torch.stack((k[:, :, 0], v[:, :, 0]))[:, None])
-        back = [cache.codes.vectors(kind, layer, 0, shape[2]).view_as(k) for kind in (0, 1)]
-        return 1, *back, None
+        cache = SparseCache(config, dictionaries, sparsity, 0, batch=shape[0], **options)
+        back = cache.round_trip(layer, torch.stack((k[:, :, 0], v[:, :, 0])))
+        return 1, *back[:, :, :, None], None
     return compress
 
 
 def round_to(x, bits, dim):
-    """x on an even grid of 2^bits levels between its least and largest number along dim (16-bit
-    scale and offset)."""
-    low, high = x.amin(dim, keepdim=True), x.amax(dim, keepdim=True)
-    scale = ((high - low) / (2**bits - 1)).half().float().clamp(min=1e-8)
-    low = low.half().float()
-    return ((x - low) / scale).round().clamp(0, 2**bits - 1) * scale + low
+    """x on an even grid of 2^bits levels between its extremes along dim, both kept in 16 bits."""
+    low, high = x.amin(dim, keepdim=True).half().float(), x.amax(dim, keepdim=True)
+    step = ((high - low) / (2**bits - 1)).half().float().clamp(min=1e-8)
+    return ((x - low) / step).round().clamp(0, 2**bits - 1) * step + low
 
 
 def per_token(bits):
-    """One grid for each vector."""
+    """A grid for every vector."""
     return lambda layer, q, k, v: (1, round_to(k, bits, -1), round_to(v, bits, -1), None)
 
 
@@ -102,68 +99,131 @@ def kivi(bits, group=32):
 
 
 def snapkv(share, start, window=32, pool=7):
-    """Of the tokens before `start`, keep the share that its last `window` queries attended to most
-    (summed over a KV head's queries, smoothed over neighbours), and that window."""
+    """Of the tokens before `start`, keep the share that the last `window` queries there attended to
+    most (summed over a KV head's queries, smoothed over neighbours), and that window itself."""
     def compress(layer, q, k, v):
         asked = slice(start - window, start)
         scores = q[..., asked, :] @ k[..., :start, :].mT / k.shape[-1] ** 0.5
-        hidden = torch.ones(window, start, device=q.device).triu(start - window + 1).bool()
-        votes = scores.masked_fill(hidden, -torch.inf).softmax(-1).sum((2, 3))  # (B, H, start)
+        unseen = torch.ones(window, start, device=q.device).triu(start - window + 1).bool()
+        votes = scores.masked_fill(unseen, -torch.inf).softmax(-1).sum((2, 3))  # (B, H, start)
         votes = torch.nn.functional.max_pool1d(votes, pool, 1, pool // 2)
         votes[..., asked] = torch.inf
         chosen = votes.topk(max(window, round(share * start)), dim=-1).indices
-        kept = torch.ones(*votes.shape[:2], k.shape[-2], dtype=torch.bool, device=q.device)
+        kept = torch.ones(*k.shape[:2], k.shape[-2], dtype=torch.bool, device=q.device)
         kept[..., :start] = False
         return 1, k, v, kept.scatter(-1, chosen, True)[:, :, None, None]
     return compress
+
+
+def methods(config, dictionaries, buffer=32):
+    """name -> (bytes of a vector over 2 m, start -> Simulated). dictionaries: a list."""
+    m, table = config.head_dim, {"dense": (1.0, lambda start: Simulated())}
+    for bits in (2, 3, 4):
+        table[f"KIVI {bits} bit"] = bits / 16 + 2 / 32, lambda start, b=bits: Simulated(
+            kivi(b), buffer)
+        table[f"per token {bits} bit"] = bits / 16 + 2 / m, lambda start, b=bits: Simulated(
+            per_token(b), buffer)
+    for share in (0.1, 0.2, 0.3):
+        table[f"SnapKV {share:.0%}"] = share, lambda start, r=share: Simulated(
+            snapkv(r, start), buffer, start)
+    for d in dictionaries:
+        for coding in ("fp8", "word"):
+            for s in (2, 4, 6, 8, 12, 16):
+                share = SparseCache(config, d, s, coding=coding).codes.vector_bytes / (2 * m)
+                codec = lexico(config, d, s, coding=coding)
+                table[f"Lexico {coding} N={d.n_atoms} s={s}"] = share, lambda start, c=codec: (
+                    Simulated(c, buffer))
+    return table
 
 
 # --------------------------------------------------------------------------------------------------
 # Measures
 
 class Judge:
-    """A model, texts and recall prompts, and what the full cache makes of them."""
+    """A model, texts and facts to recall, and what the full cache makes of them."""
 
-    def __init__(self, model, tokenizer, text, count=4, length=1024, facts=24, seed=0, buffer=32):
-        self.model, self.buffer, self.half = model, buffer, length // 2
+    def __init__(self, model, tokenizer, text, rows=4, length=1024, facts=24, seed=0):
+        from stories import recall
+        self.model, self.half = model, length // 2
         device, rng = next(model.parameters()).device, random.Random(seed)
-        ids = tokenizer.encode(text, bos=False)
-        starts = [rng.randrange(len(ids) - length) for _ in range(count)]
-        bos = [tokenizer.bos_id] * (tokenizer.bos_id is not None)
-        self.rows = torch.tensor([(bos + ids[start:])[:length] for start in starts], device=device)
-        self.full = self._decode(lambda start: None)
-        self.recalls = []  # token rows, and where the answer and the question begin in them
-        for i in range(facts):  # one fact to find among eight, told at any depth of the text
-            place = rng.randrange(len(text) - 4 * length)
-            context, questions = recall(rng, text[place:place + 3 * length], 8, 1, (i % 8) / 8)
-            parts = [tokenizer.encode(context)[-length:]]
-            parts += [tokenizer.encode(part, bos=False) for part in questions[0]]
+        ids, bos = tokenizer.encode(text, bos=False), tokenizer.encode("")
+        starts = [rng.randrange(len(ids) - length) for _ in range(rows)]
+        self.rows = torch.tensor([(bos + ids[i:])[:length] for i in starts], device=device)
+        self.full = self._decode(lambda start: Simulated())
+        self.facts = []  # a row of tokens, and where the question and the answer begin in it
+        for i in range(facts):  # one of eight facts in a text, told at any depth
+            place = rng.randrange(len(text) - 3 * length)
+            context, [question] = recall(rng, text[place:][:3 * length], 8, 1, (i % 8) / 8)
+            parts = [tokenizer.encode(context)]
+            parts += [tokenizer.encode(part, bos=False) for part in question]
             row = torch.tensor([sum(parts, [])], device=device)
-            self.recalls.append((row, len(parts[0]) + len(parts[1]), len(parts[0])))
-
-    def _cache(self, method, start):
-        return Simulated(method(start), self.buffer, start if method(start) in EVICTING else 0)
+            self.facts.append((row, len(parts[0]), len(parts[0] + parts[1])))
 
     @torch.inference_mode()
-    def _decode(self, method):
-        """Log-probabilities (rows, half, vocab) of the second half of every text."""
-        return torch.cat([self.model(row[None], self._cache(method, self.half))[:, self.half - 1:-1]
+    def _decode(self, make):
+        """Log-probabilities (rows, length / 2, vocab) of the second half of every text."""
+        return torch.cat([self.model(row[None], make(self.half))[:, self.half - 1:-1]
                           .float().log_softmax(-1) for row in self.rows])
 
-    def fidelity(self, method):
-        """KL(full || method), top-1 agreement and perplexity. method: start -> compress."""
-        q, p = self._decode(method), self.full
-        targets = self.rows[:, self.half:, None]
+    def fidelity(self, make):
+        """KL(full || method), top-1 agreement and perplexity of the method."""
+        q, p = self._decode(make), self.full
         return {"kl": (p.exp() * (p - q)).sum(-1).mean().item(),
                 "top1": (p.argmax(-1) == q.argmax(-1)).float().mean().item(),
-                "ppl": q.gather(-1, targets).mean().neg().exp().item()}
+                "ppl": q.gather(-1, self.rows[:, self.half:, None]).mean().neg().exp().item()}
 
     @torch.inference_mode()
-    def recall(self, method):
-        """Share of facts recalled with every token right. What comes before the question is
-        compressed without having seen it."""
-        right = 0
-        for row, answer, question in self.recalls:
-            best = self.model(row, self._cache(method, question)).argmax(-1)
-            right += torch.equal(best[:, answer - 1:-1], row[:, answer:])
-        return right / len(self.recalls)
+    def recall(self, make):
+        """Share of the facts recalled with every token right. The text before a question was
+        compressed without knowing the question."""
+        right = [torch.equal(self.model(row, make(question)).argmax(-1)[:, answer - 1:-1],
+                             row[:, answer:]) for row, question, answer in self.facts]
+        return sum(right) / len(right)
+
+
+def draw(table, path):
+    import matplotlib
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    figure, axes = plt.subplots(figsize=(7, 4.5))
+    families = {}
+    for name, row in table.items():
+        if row["kl"] > 1e-6:
+            family = name.rpartition(" s=")[0] or " ".join(w for w in name.split() if w.isalpha())
+            families.setdefault(family, []).append((100 * row["memory"], row["kl"]))
+    for family, points in families.items():
+        axes.plot(*zip(*sorted(points)), "o-" if "Lexico" in family else "s--", label=family)
+    axes.set(yscale="log", xlabel="memory of a vector, % of 16 bit", ylabel="mean KL to full cache")
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize=8)
+    figure.savefig(path, dpi=150, bbox_inches="tight")
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--model", default="tiny")
+    parser.add_argument("--dictionary", nargs="*", help="default: the one known for the model")
+    parser.add_argument("--text", default=str(ROOT / "tiny" / "held-out.txt"))
+    parser.add_argument("--rows", type=int, default=8)
+    parser.add_argument("--facts", type=int, default=100)
+    parser.add_argument("--figure", help="draw memory against KL there (needs matplotlib)")
+    args = parser.parse_args()
+    device = best_device()
+    model = Llama.from_pretrained(args.model, device, torch.float32)
+    paths = args.dictionary or [Dictionaries.find(args.model)]
+    loaded = [Dictionaries.load(path, device).check(model.config) for path in paths]
+    text = Path(args.text).read_text(encoding="utf-8")
+    judge = Judge(model, Tokenizer.from_pretrained(args.model), text, args.rows, facts=args.facts)
+    table = {}
+    print(f"{'method':26} memory      KL   top-1     ppl  recall")
+    for name, (memory, make) in methods(model.config, loaded).items():
+        row = {"memory": memory, **judge.fidelity(make), "recall": judge.recall(make)}
+        table[name] = row
+        print(f"{name:26} {memory:6.1%}  {row['kl']:.4f}  {row['top1']:6.1%}  {row['ppl']:6.3f}  "
+              f"{row['recall']:6.1%}", flush=True)
+    if args.figure:
+        draw(table, args.figure)
+
+
+if __name__ == "__main__":
+    run_program(main)
