@@ -18,6 +18,7 @@ runs over both parts together. A prompt attends exactly, and is coded layer by l
 """
 
 import json
+import math
 import os
 from dataclasses import asdict
 from pathlib import Path
@@ -193,9 +194,8 @@ class Codes:
 
     def nbytes(self, tokens=None):
         """Bytes of so many tokens' codes (of all that is reserved, by default)."""
-        vectors = self.parts[0][..., 0].numel() if tokens is None else (
-            tokens * self.parts[0][..., 0, 0].shape[:4].numel())
-        return vectors * self.vector_bytes
+        *lead, capacity, _ = self.parts[0].shape
+        return math.prod(lead) * (capacity if tokens is None else tokens) * self.vector_bytes
 
 
 # --------------------------------------------------------------------------------------------------
@@ -392,8 +392,8 @@ class SparseCache:
         waiting = self.ring[..., :self.length - self.coded, :].numel()
         codes, buffer = self.codes.nbytes(self.coded), waiting * self.ring.itemsize
         dictionaries = self.dictionaries.atoms.nbytes + self.dictionaries.scale.nbytes
-        tokens = 2 * self.length * self.ring[..., 0, 0].numel() * self.config.head_dim
-        return {"codes": codes, "buffer": buffer, "total": codes + buffer, "dense": tokens,
+        dense = 2 * self.length * self.ring[..., 0, :].numel()
+        return {"codes": codes, "buffer": buffer, "total": codes + buffer, "dense": dense,
                 "dictionaries": dictionaries,
                 "allocated": self.codes.nbytes() + self.ring.nbytes + dictionaries}
 
@@ -407,7 +407,7 @@ if __name__ == "__main__":  # what sparsity saves and what it costs, decoding a 
     model = Llama.from_pretrained("tiny", device, torch.float32)
     dictionaries = Dictionaries.load(Dictionaries.find("tiny"), device)
     text = find_file("tiny", "held-out.txt").read_text(encoding="utf-8")
-    tokens = Tokenizer.from_pretrained("tiny").encode(text[:3000])[:512]
+    tokens = Tokenizer.from_pretrained("tiny").encode(text[:3000])[:448]
     tokens = torch.tensor([tokens], device=device)
 
     @torch.inference_mode()
@@ -419,14 +419,16 @@ if __name__ == "__main__":  # what sparsity saves and what it costs, decoding a 
         return torch.cat(logits).log_softmax(-1), milliseconds
 
     full, milliseconds = decode(DenseCache(model.config, device=device))
-    print(f"tiny, 384 + 128 tokens of held-out text, buffer 32, on {device}\n"
+    print(f"tiny, 384 + 64 tokens of held-out text, buffer 32, on {device}\n"
           "           bytes a vector  of 16 bit  KL to dense  same token  ms a token\n"
           f"dense      {2 * model.config.head_dim:14d}     100.0%       0.0000      100.0%"
           f"  {milliseconds:10.2f}")
-    for sparsity in (2, 4, 8, 16):
-        q, milliseconds = decode(SparseCache(model.config, dictionaries, sparsity, buffer=32))
+    for code in ("fp8 2", "fp8 4", "fp8 8", "fp8 16", "word 6", "word 12"):
+        coding, sparsity = code.split()[0], int(code.split()[1])
+        cache = SparseCache(model.config, dictionaries, sparsity, buffer=32, coding=coding)
+        q, milliseconds = decode(cache)
         kl = F.kl_div(q, full, log_target=True, reduction="none").sum(-1).mean().item()
         same = (q.argmax(-1) == full.argmax(-1)).float().mean().item()
-        share = 3 * sparsity / (2 * model.config.head_dim)
-        print(f"s = {sparsity:2d}     {3 * sparsity:14d}  {share:9.1%}  {kl:11.4f}  {same:10.1%}"
-              f"  {milliseconds:10.2f}")
+        nbytes = cache.codes.vector_bytes
+        print(f"{coding:4} s = {sparsity:2d}{nbytes:14d}  {nbytes / (2 * model.config.head_dim):9.1%}"
+              f"  {kl:11.4f}  {same:10.1%}  {milliseconds:10.2f}")

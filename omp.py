@@ -278,7 +278,7 @@ if __name__ == "__main__":  # the paper's comparison of coders, beam search adde
     model = Llama.from_pretrained("tiny", device, torch.float32)
     atoms = load_file(find_file("tiny", "dictionary.safetensors"))
     text = find_file("tiny", "held-out.txt").read_text(encoding="utf-8")
-    tokens = Tokenizer.from_pretrained("tiny").encode(text[:4000])[:512]
+    tokens = Tokenizer.from_pretrained("tiny").encode(text[:2000])[:256]
     model(torch.tensor([tokens], device=device), Record())
     coders = {"omp": omp, "iht": iht, "lasso": lasso}
     coders.update({f"beam {W}": lambda *a, W=W: omp_beam(*a, width=W) for W in (2, 4, 8)})
