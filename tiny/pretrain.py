@@ -19,8 +19,8 @@ from stories import GROUPS, ROW, VOCAB, prepare
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # model.py lies one folder up
 from model import Config, Llama, Tokenizer
 
-SETTINGS = dict(text="stories", data=".data", out="tiny", steps=2000, minutes=60.0, batch=96,
-                lr=3e-3, decay=0.5, dropout=0.1, shares="20,22,26,22,10", layers=6, dim=384)
+SETTINGS = dict(text="stories", data=".data", out="tiny", steps=4810, minutes=60.0, batch=48,
+                lr=3e-3, decay=0.5, dropout=0.2, shares="11,15,27,34,13", layers=6, dim=384)
 
 
 def sample_batch(data, shares, size, digits):
