@@ -430,5 +430,6 @@ if __name__ == "__main__":  # what sparsity saves and what it costs, decoding a 
         kl = F.kl_div(q, full, log_target=True, reduction="none").sum(-1).mean().item()
         same = (q.argmax(-1) == full.argmax(-1)).float().mean().item()
         nbytes = cache.codes.vector_bytes
-        print(f"{coding:4} s = {sparsity:2d}{nbytes:14d}  {nbytes / (2 * model.config.head_dim):9.1%}"
-              f"  {kl:11.4f}  {same:10.1%}  {milliseconds:10.2f}")
+        share = nbytes / (2 * model.config.head_dim)
+        print(f"{coding:4} s = {sparsity:2d}{nbytes:14d}  {share:9.1%}  {kl:11.4f}  {same:10.1%}"
+              f"  {milliseconds:10.2f}")

@@ -54,6 +54,12 @@ def run_program(main):
 # --------------------------------------------------------------------------------------------------
 # Configuration
 
+HF_NAMES = {  # our names and those of a config.json; the first six must be there
+    "vocab_size": "vocab_size", "dim": "hidden_size", "n_layers": "num_hidden_layers",
+    "n_heads": "num_attention_heads", "ffn_dim": "intermediate_size",
+    "context": "max_position_embeddings", "kv_heads": "num_key_value_heads", "head_dim": "head_dim",
+    "norm_eps": "rms_norm_eps", "tied": "tie_word_embeddings", "bos_id": "bos_token_id",
+    "model_type": "model_type"}
 LLAMA3_ROPE = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
 
 
@@ -80,47 +86,38 @@ class Config:
     @classmethod
     def from_hf(cls, hf):
         """Config from the dict of a config.json. What we do not compute is refused by name."""
-        kind, context = hf.get("model_type"), hf.get("max_position_embeddings")
-        for key in ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads",
-                    "intermediate_size", "max_position_embeddings"):
-            if hf.get(key) is None:
-                raise InputError(f"config.json has no {key}: it does not describe a Llama")
+        for name in list(HF_NAMES.values())[:6]:
+            if hf.get(name) is None:
+                raise InputError(f"config.json has no {name}: it does not describe a Llama")
+        kind, context = hf.get("model_type"), hf["max_position_embeddings"]
+        heads = hf["num_attention_heads"]
+        kv_heads = hf.get("num_key_value_heads") or heads
         # Two spellings: rope_theta and rope_scaling, or (transformers 5) both in rope_parameters.
         rope = {"rope_theta": hf.get("rope_theta"), **(hf.get("rope_scaling") or {}),
                 **(hf.get("rope_parameters") or {})}
-        rope_type = rope.get("rope_type", rope.get("type", "default"))
-        window = hf.get("sliding_window") or context
-        if not hf.get("use_sliding_window", kind == "mistral"):
-            window = context  # Qwen2 names a window and does not use it
-        heads, kv_heads = hf["num_attention_heads"], hf.get("num_key_value_heads")
-        kv_heads = kv_heads or heads
-        for name, value, fine in (
-                ("model_type", kind, kind in ("llama", "mistral", "qwen2")),
-                ("quantization_config", hf.get("quantization_config"),
-                 not hf.get("quantization_config")),
-                ("hidden_act", hf.get("hidden_act"), hf.get("hidden_act", "silu") == "silu"),
-                ("mlp_bias", hf.get("mlp_bias"), not hf.get("mlp_bias")),
-                ("sliding_window", window, window >= context),
-                ("layer_types", hf.get("layer_types"),
-                 set(hf.get("layer_types") or ()) <= {"full_attention"}),
-                ("rope type", rope_type, rope_type in ("default", "llama3")),
-                ("partial_rotary_factor", rope.get("partial_rotary_factor"),
-                 rope.get("partial_rotary_factor", 1) == 1),
-                ("num_key_value_heads", kv_heads, heads % kv_heads == 0)):
+        rope_type = rope["rope_type"] = rope.get("rope_type", rope.get("type", "default"))
+        window = hf.get("use_sliding_window", kind == "mistral") and hf.get("sliding_window")
+        for name, fine in {
+                "model_type": kind in ("llama", "mistral", "qwen2"),
+                "quantization_config": not hf.get("quantization_config"),
+                "hidden_act": hf.get("hidden_act", "silu") == "silu",
+                "mlp_bias": not hf.get("mlp_bias"),
+                "sliding_window": not window or window >= context,
+                "layer_types": set(hf.get("layer_types") or ()) <= {"full_attention"},
+                "rope_type": rope_type in ("default", "llama3"),
+                "partial_rotary_factor": rope.get("partial_rotary_factor", 1) == 1,
+                "num_key_value_heads": heads % kv_heads == 0}.items():
             if not fine:
-                raise InputError(f"config.json: {name} = {value!r} is not supported; use a Llama, "
-                                 "Mistral or Qwen2 with full attention, plain or llama3 RoPE")
+                raise InputError(f"config.json: {name} = {hf.get(name, rope.get(name))!r} is not "
+                                 "supported; use a Llama, Mistral or Qwen2 with full attention and "
+                                 "plain or llama3 RoPE")
         scaling = {key: rope[key] for key in LLAMA3_ROPE} if rope_type == "llama3" else None
         bias, eos = bool(hf.get("attention_bias")), hf.get("eos_token_id")
-        return cls(
-            vocab_size=hf["vocab_size"], dim=hf["hidden_size"], n_layers=hf["num_hidden_layers"],
-            n_heads=heads, kv_heads=kv_heads, model_type=kind,
-            head_dim=hf.get("head_dim") or hf["hidden_size"] // heads,
-            ffn_dim=hf["intermediate_size"], context=context,
-            norm_eps=hf.get("rms_norm_eps", 1e-6), rope_theta=float(rope["rope_theta"] or 10000.0),
-            rope_scaling=scaling, qkv_bias=bias or kind == "qwen2", out_bias=bias,
-            tied=bool(hf.get("tie_word_embeddings")), bos_id=hf.get("bos_token_id"),
-            eos_ids=tuple(eos) if isinstance(eos, list) else () if eos is None else (eos,))
+        eos = eos if isinstance(eos, list) else [] if eos is None else [eos]
+        plain = {ours: hf[name] for ours, name in HF_NAMES.items() if hf.get(name) is not None}
+        return cls(**{"kv_heads": kv_heads, "head_dim": hf["hidden_size"] // heads, **plain},
+                   rope_theta=float(rope["rope_theta"] or 10000.0), rope_scaling=scaling,
+                   qkv_bias=bias or kind == "qwen2", out_bias=bias, eos_ids=tuple(eos))
 
     @classmethod
     def from_pretrained(cls, name_or_path):
@@ -135,16 +132,10 @@ class Config:
     def to_hf(self):
         """The dict of this model's config.json."""
         scaling = self.rope_scaling and {"rope_type": "llama3", **self.rope_scaling}
-        return {
-            "architectures": ["LlamaForCausalLM"], "model_type": self.model_type,
-            "vocab_size": self.vocab_size, "hidden_size": self.dim, "hidden_act": "silu",
-            "num_hidden_layers": self.n_layers, "num_attention_heads": self.n_heads,
-            "num_key_value_heads": self.kv_heads, "head_dim": self.head_dim,
-            "intermediate_size": self.ffn_dim, "max_position_embeddings": self.context,
-            "rms_norm_eps": self.norm_eps, "rope_theta": self.rope_theta, "rope_scaling": scaling,
-            "attention_bias": self.out_bias, "tie_word_embeddings": self.tied,
-            "bos_token_id": self.bos_id, "eos_token_id": list(self.eos_ids),
-            "torch_dtype": "bfloat16"}
+        plain = {name: getattr(self, ours) for ours, name in HF_NAMES.items()}
+        return {"architectures": ["LlamaForCausalLM"], "hidden_act": "silu", **plain,
+                "rope_theta": self.rope_theta, "rope_scaling": scaling, "torch_dtype": "bfloat16",
+                "attention_bias": self.out_bias, "eos_token_id": list(self.eos_ids)}
 
 
 # --------------------------------------------------------------------------------------------------

@@ -27,7 +27,7 @@ import torch.nn.functional as F
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from lexico import KEYS, VALUES, Dictionaries, default_path
+from lexico import Dictionaries, default_path
 from model import Config, InputError, Llama, Tokenizer, best_device, run_program
 from omp import omp, relative_error
 
@@ -84,13 +84,18 @@ class Text:
 
 
 def read_text(path):
-    """The bytes of a UTF-8 file, or of the "text" fields of a .jsonl file."""
+    """The bytes of a UTF-8 file, or of the "text" fields of a .jsonl or .parquet file."""
     try:
+        if Path(path).suffix == ".parquet":
+            import pyarrow.parquet
+            return "".join(pyarrow.parquet.read_table(path)["text"].to_pylist()).encode()
         data = Path(path).read_bytes()
         if Path(path).suffix == ".jsonl":
             data = "\n\n".join(json.loads(line)["text"] for line in data.splitlines()).encode()
         data.decode("utf-8")
         return data
+    except ImportError:
+        raise InputError(f"text '{path}' needs another package: pip install pyarrow") from None
     except UnicodeDecodeError:
         raise InputError(f"text '{path}' is not UTF-8; convert it first") from None
     except OSError as error:
@@ -153,37 +158,31 @@ class Learner:
 
 def learn(args, model, tokenizer, settings):
     """Learn as args say: the Learner and the held-out errors (2 L,) at its end."""
-    config, device = model.config, next(model.parameters()).device
-    row_length = min(config.context, 1024)
-    text = Text(args.text, tokenizer, row_length)
-    count = max(1, args.batch // row_length)  # rows of a step
+    device, row_length = model.norm.weight.device, min(model.config.context, 1024)
+    text, count = Text(args.text, tokenizer, row_length), max(1, args.batch // row_length)
 
     def batch(seed, held_out=False):
         return vectors(model, text.rows(count, seed, held_out).to(device))
 
-    steps = max(1, round(args.tokens / (count * row_length)))
-    held_out = batch(0, held_out=True)
+    steps, held_out = max(1, round(args.tokens / (count * row_length))), batch(0, held_out=True)
     if args.fine_tune:
-        start = Dictionaries.load(args.fine_tune, device).check(config).atoms.flatten(0, 1)
-    else:
+        atoms = Dictionaries.load(args.fine_tune, device).check(model.config).atoms.flatten(0, 1)
+    else:  # atoms start as vectors of the text
         X = torch.cat([batch(seed) for seed in range(-(-args.atoms // held_out.shape[1]))], dim=1)
-        start = F.normalize(X[:, torch.randperm(X.shape[1])[:args.atoms].to(device)], dim=-1)
-    learner = Learner(start, args.sparsity, args.fade)
-    step, checkpoint = 0, f"{args.out}.checkpoint"
-    if args.resume:
-        step = load_checkpoint(checkpoint, learner, settings)
+        atoms = F.normalize(X[:, torch.randperm(X.shape[1])[:args.atoms].to(device)], dim=-1)
+    learner, checkpoint = Learner(atoms, args.sparsity, args.fade), f"{args.out}.checkpoint"
+    first = step = load_checkpoint(checkpoint, learner, settings) if args.resume else 0
     began = saved = shown = time.time()
-    first = step
     while step < steps:
         replaced = learner.step(batch(1 + step))
         step, now = step + 1, time.time()
         if now - saved > args.checkpoint_seconds and step < steps:
             save_checkpoint(checkpoint, learner, settings, step)
             saved = now
-        if now - shown > 5 or step == steps or step == first + 1:
+        if now - shown > 5 or step in (first + 1, steps):
             keys, values = learner.errors(held_out).view(2, -1).mean(dim=1).tolist()
-            bar = "#" * (30 * step // steps)
             left = (now - began) / (step - first) * (steps - step)
+            bar = "#" * (30 * step // steps)
             print(f"[{bar:30}] {step}/{steps}  held-out error keys {keys:.3f} values {values:.3f}  "
                   f"{replaced} atoms replaced  {left:.0f} s left", flush=True)
             shown = now
@@ -214,25 +213,14 @@ def load_checkpoint(path, learner, settings):
 
 def wikitext():
     """Paths of WikiText-103's training text, the paper's choice, fetched from the Hub."""
-    try:
-        import pyarrow.parquet as parquet
-    except ImportError:
-        raise InputError("without --text, WikiText-103 comes from the Hub as parquet: "
-                         "pip install pyarrow, or give --text FILE") from None
     from huggingface_hub import hf_hub_download
     try:
-        shard = hf_hub_download("Salesforce/wikitext", repo_type="dataset",
-                                filename="wikitext-103-raw-v1/train-00000-of-00002.parquet")
-    except Exception as error:
+        return [hf_hub_download("Salesforce/wikitext", repo_type="dataset", filename=(
+            f"wikitext-103-raw-v1/train-0000{i}-of-00002.parquet")) for i in range(2)]
+    except Exception as error:  # whatever keeps the Hub from us, the way out is the same
         reason = str(error).strip().splitlines()[0]
-        raise InputError(f"WikiText-103 did not come from the Hub ({reason}); give --text FILE"
-                         ) from None
-    path = Path(shard).with_suffix(".txt")
-    if not path.exists():
-        part = path.with_suffix(".part")
-        part.write_text("".join(parquet.read_table(shard)["text"].to_pylist()), encoding="utf-8")
-        os.replace(part, path)
-    return [path]
+        raise InputError("without --text, WikiText-103 comes from the Hub, but: "
+                         f"{reason}; give --text FILE") from None
 
 
 def main():
@@ -253,13 +241,10 @@ def main():
     parser.add_argument("--device", help="default: the best there is")
     args = parser.parse_args()
     config = Config.from_pretrained(args.model)
-    if not 1 <= args.sparsity <= config.head_dim:
-        raise InputError(f"--sparsity {args.sparsity} is outside 1 .. head_dim = {config.head_dim}")
-    if not config.head_dim <= args.atoms <= 32768:
-        raise InputError(f"--atoms {args.atoms} is outside {config.head_dim} (head_dim) .. 32768")
-    for name in ("tokens", "batch"):
-        if getattr(args, name) < 1:
-            raise InputError(f"--{name} {getattr(args, name)} must be at least 1")
+    for name, least, most in (("sparsity", 1, config.head_dim), ("atoms", config.head_dim, 32768),
+                              ("tokens", 1, 10**12), ("batch", 1, 10**9)):
+        if not least <= getattr(args, name) <= most:
+            raise InputError(f"--{name} {getattr(args, name)} is outside {least} .. {most}")
     args.out = args.out or default_path(args.model)
     args.text = args.text or wikitext()
     settings = {name: getattr(args, name) for name in
@@ -272,21 +257,18 @@ def main():
     model = Llama.from_pretrained(args.model, device, dtype)
     began = time.time()
     learner, errors = learn(args, model, tokenizer, settings)
-    L, errors = config.n_layers, errors.view(2, -1)
+    keys, values = errors.view(2, -1).tolist()
     # Stored coefficients get head room: the largest one met becomes 64 of FP8's 448.
-    scale = (learner.state["largest"] / 64).clamp(min=1e-8).view(2, L)
-    atoms = learner.state["D"].view(2, L, args.atoms, config.head_dim)
-    Dictionaries(atoms.cpu(), scale.cpu(), config, model=str(args.model), n_atoms=args.atoms,
-                 sparsity=args.sparsity, tokens=args.tokens,
-                 text=[Path(path).name for path in args.text],
-                 key_errors=[round(e, 4) for e in errors[KEYS].tolist()],
-                 value_errors=[round(e, 4) for e in errors[VALUES].tolist()]).save(args.out)
-    if os.path.exists(f"{args.out}.checkpoint"):
-        os.remove(f"{args.out}.checkpoint")
+    scale = (learner.state["largest"] / 64).clamp(min=1e-8).view(2, -1).cpu()
+    atoms = learner.state["D"].view(2, -1, args.atoms, config.head_dim).cpu()
+    names = [Path(path).name for path in args.text]
+    Dictionaries(atoms, scale, config, model=str(args.model), sparsity=args.sparsity, text=names,
+                 tokens=args.tokens, key_errors=keys, value_errors=values).save(args.out)
+    Path(f"{args.out}.checkpoint").unlink(missing_ok=True)
     print("\nrelative error on held-out text\nlayer   keys  values")
-    for layer in range(L):
-        print(f"{layer:5d}  {errors[KEYS, layer]:.3f}   {errors[VALUES, layer]:.3f}")
-    print(f" mean  {errors[KEYS].mean():.3f}   {errors[VALUES].mean():.3f}")
+    for layer, errors in enumerate(zip(keys, values)):
+        print(f"{layer:5d}  {errors[0]:.3f}   {errors[1]:.3f}")
+    print(f" mean  {sum(keys) / len(keys):.3f}   {sum(values) / len(values):.3f}")
     print(f"{args.out} written after {time.time() - began:.0f} s")
 
 

@@ -8,7 +8,7 @@ from safetensors.torch import save_file
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import lexico
-from lexico import KEYS, VALUES, DenseCache, Dictionaries, SparseCache
+from lexico import KEYS, VALUES, Dictionaries, SparseCache
 from model import Config, InputError, Llama
 from omp import reconstruct
 
@@ -79,14 +79,6 @@ def test_queries_in_blocks_and_tokens_in_pieces_change_nothing(model, monkeypatc
         monkeypatch.setattr(lexico, "ROWS", rows)
         logits.append(run(model, SparseCache(CONFIG, dictionaries(), 4, 4), tokens, [40, 1, 1, 18]))
     torch.testing.assert_close(*logits, rtol=1e-4, atol=1e-4)
-
-
-def test_a_chunk_on_top_of_a_cache_equals_one_token_at_a_time(model):
-    """With every vector coded exactly, how the text was cut cannot show."""
-    tokens, d = torch.randint(0, 200, (1, 40)), dictionaries(complete=True)
-    caches = [SparseCache(CONFIG, d, 16, 4, coding="float32") for _ in range(2)]
-    torch.testing.assert_close(run(model, caches[0], tokens, [20, 20]),
-                               run(model, caches[1], tokens, [20, *[1] * 20]), rtol=1e-4, atol=1e-4)
 
 
 def test_memory_is_three_bytes_a_coefficient_and_counted_to_the_byte(model):
@@ -230,10 +222,3 @@ def test_bad_dictionaries_are_refused_in_one_line(tmp_path):
     for sparsity in (0, 17):
         with pytest.raises(InputError, match=f"sparsity {sparsity}"):
             SparseCache(CONFIG, dictionaries(), sparsity)
-
-
-def test_decoding_a_dense_cache_gives_the_uncached_logits(model):
-    tokens = torch.randint(0, 200, (2, 20))
-    cache = DenseCache(CONFIG, batch=2, device="cpu")
-    torch.testing.assert_close(run(model, cache, tokens, 1), model(tokens), rtol=1e-4, atol=1e-4)
-    assert cache.nbytes()["total"] == 2 * cache.nbytes()["dense"]  # float32 here

@@ -38,6 +38,9 @@ def python(*arguments, **options):
 
 # generate.py
 
+GOLDEN = ", there was a little girl named Lily. She loved to play with her toys and eat snack"
+
+
 def test_a_line_for_every_token_then_the_text_then_the_summary(capsys, tmp_path):
     code, out, _ = call(generate, "--max-new-tokens", 40, "--buffer", 16, "--sparsity", 6,
                         "--json", tmp_path / "out.json", capsys=capsys)
@@ -58,19 +61,13 @@ def test_a_line_for_every_token_then_the_text_then_the_summary(capsys, tmp_path)
     assert cache["dense"] == 2 * config.head_dim * vectors * seen
 
 
-def test_quiet_prints_the_text_alone_and_seeds_repeat(capsys):
+def test_quiet_prints_the_golden_text_alone_and_seeds_repeat(capsys):
+    _, dense, _ = call(generate, "--quiet", "--dense", "--max-new-tokens", 20, capsys=capsys)
+    assert dense.strip() == GOLDEN
     options = ("--quiet", "--max-new-tokens", 30, "--temperature", 0.8, "--top-p", 0.9, "--seed")
     first, again, other = (call(generate, *options, seed, capsys=capsys)[1] for seed in (1, 1, 2))
     assert first == again != other
     assert "ms" not in first and "%" not in first
-
-
-def test_golden_text(capsys):
-    _, dense, _ = call(generate, "--quiet", "--dense", "--max-new-tokens", 24, capsys=capsys)
-    assert dense.strip() == GOLDEN
-
-
-GOLDEN = ', there was a little girl named Lily. She loved to play with her toys and eat snacks. One day'
 
 
 def test_compare_shows_both_caches_and_how_far_they_agree(capsys, tmp_path):
@@ -80,18 +77,6 @@ def test_compare_shows_both_caches_and_how_far_they_agree(capsys, tmp_path):
     assert code == 0 and "dense:" in out and "sparse:" in out
     assert figures["dense"]["cache"]["total"] > figures["sparse"]["cache"]["total"]
     assert 0 < figures["agreement"]["kl"] < 1 and 0.5 < figures["agreement"]["top1"] <= 1
-
-
-def test_a_complete_dictionary_gives_the_dense_text(capsys, tmp_path):
-    config = Config.from_pretrained("tiny")
-    basis = torch.linalg.qr(torch.randn(2, config.n_layers, 64, 64))[0]
-    scale = torch.full((2, config.n_layers), 0.05)
-    Dictionaries(basis, scale, config).save(tmp_path / "basis")
-    options = ("--max-new-tokens", 40, "--quiet", "--buffer", 4)
-    _, sparse, _ = call(generate, *options, "--dictionary", tmp_path / "basis", "--sparsity", 64,
-                        capsys=capsys)
-    _, dense, _ = call(generate, *options, "--dense", capsys=capsys)
-    assert sparse[:60] == dense[:60]  # coefficients still have 8 bits
 
 
 def test_prompts_come_from_files_and_standard_input(capsys, tmp_path):
