@@ -134,7 +134,7 @@ def parse_arguments():
     add("--buffer", type=int, default=32, help="newest tokens kept dense (default 32)")
     add("--window", type=int, default=1, help="tokens coded at a time (default 1)")
     add("--beam", type=int, default=1, help="width of the search (default 1: plain OMP)")
-    add("--coding", choices=CODINGS, default="fp8", help="how codes are stored (default fp8)")
+    add("--coding", choices=CODINGS, default="word", help="how codes are stored (default word)")
     add("--max-new-tokens", type=int, default=200)
     add("--temperature", type=float, default=0.0, help="0 (default): always the likeliest token")
     add("--top-p", type=float, default=1.0)

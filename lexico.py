@@ -30,7 +30,7 @@ from safetensors.torch import save_file
 from torch.nn.attention.bias import causal_lower_right
 
 from model import InputError, best_device, find_file
-from omp import omp, omp_beam, reconstruct, round_to_levels
+from omp import omp, omp_beam, omp_levels, reconstruct
 
 KEYS, VALUES = 0, 1  # the first dimension of everything that exists for both
 FORMAT = "lexico-dictionaries-1"
@@ -140,10 +140,11 @@ class Codes:
     float32  6 s bytes: coefficients as they are, to see sparsity alone.
     """
 
-    def __init__(self, dictionaries, sparsity, batch, kv_heads, coding="fp8"):
+    def __init__(self, dictionaries, sparsity, batch, kv_heads, coding="fp8", beam=1, tol=None):
         if coding not in CODINGS:
             raise InputError(f"coding '{coding}' is unknown; there are {', '.join(CODINGS)}")
-        self.dictionaries, self.coding = dictionaries, coding
+        self.dictionaries, self.sparsity, self.coding = dictionaries, sparsity, coding
+        self.beam, self.tol = beam, tol
         self.bits = 16 - (dictionaries.n_atoms - 1).bit_length()  # for the level in a word
         if coding == "word" and self.bits < 3:
             raise InputError(f"coding word has no room for {dictionaries.n_atoms} atoms; use fp8")
@@ -159,24 +160,18 @@ class Codes:
                 self.parts[i] = old.new_empty(*old.shape[:4], capacity, old.shape[5])
                 self.parts[i][..., :old.shape[4], :] = old
 
-    def write(self, layers, start, x, search):
-        """Code vectors x (2, L or 1, B, H, T, m) of some layers (a slice), tokens from `start` on.
-
-        search(D, Y) finds indices and coefficients, as omp does.
-        """
-        if x.shape[4] > PIECE:  # a long prompt: what is held at a time stays small
-            for i in range(0, x.shape[4], PIECE):
-                self.write(layers, start + i, x[:, :, :, :, i:i + PIECE], search)
-            return
+    def write(self, layers, start, x):
+        """Code vectors x (2, L or 1, B, H, T, m) of a slice of layers, as tokens from `start` on."""
         D = self.dictionaries.atoms[:, layers].flatten(0, 1)  # (2 L, N, m)
         Y = x.flatten(0, 1).flatten(1, 3).to(D.dtype)  # (2 L, B H T, m)
         Y = Y / self.dictionaries.scale[:, layers].reshape(-1, 1, 1)
-        indices, z = search(D, Y)  # (2 L, B H T, s)
         if self.coding == "word":
-            level, exponent = round_to_levels(D, Y, indices, z, self.bits)
+            indices, level, e = omp_levels(D, Y, self.sparsity, self.bits, self.beam)
             word = indices << self.bits | level & (1 << self.bits) - 1
-            parts = word - (word >= 1 << 15) * (1 << 16), exponent[..., None]  # as signed 16 bits
+            parts = word - (word >= 1 << 15) * (1 << 16), e  # as signed 16 bits
         else:
+            indices, z = (omp_beam(D, Y, self.sparsity, self.beam) if self.beam > 1 else
+                          omp(D, Y, self.sparsity, self.tol))  # (2 L, B H T, s)
             parts = indices, z.clamp(-448, 448) if self.coding == "fp8" else z
         for stored, part in zip(self.parts, parts):
             part = part.view(*x.shape[:-1], -1).to(stored.dtype)
@@ -273,14 +268,16 @@ class SparseCache:
         if not 1 <= sparsity <= largest:
             raise InputError(f"sparsity {sparsity} is outside 1 .. {largest}: vectors have "
                              f"{config.head_dim} numbers, {dictionaries.n_atoms} atoms serve them")
+        if tol is not None and (beam > 1 or coding == "word"):
+            raise InputError(f"tol {tol} works with beam 1 and coding fp8 or float32 only")
         if buffer < 0 or window < 1 or beam < 1:
             raise InputError(f"buffer {buffer}, window {window} and beam {beam} must be at least "
                              "0, 1 and 1")
-        self.config, self.dictionaries, self.sparsity = config, dictionaries, sparsity
-        self.buffer, self.window, self.beam, self.tol = buffer, window, beam, tol
+        self.config, self.dictionaries = config, dictionaries
+        self.buffer, self.window = buffer, window
         self.length = self.coded = 0  # tokens seen; the oldest of them, coded
         atoms = dictionaries.atoms
-        self.codes = Codes(dictionaries, sparsity, batch, config.kv_heads, coding)
+        self.codes = Codes(dictionaries, sparsity, batch, config.kv_heads, coding, beam, tol)
         self.codes.reserve(max(0, capacity - buffer))
         # Token t waits in slot t mod (buffer + window). Keys carry their position (they are kept
         # after RoPE), so attention does not mind the order.
@@ -323,7 +320,7 @@ class SparseCache:
         if over:
             self.codes.reserve(self.coded + over)
             layers = slice(layer, layer + 1)
-            self.codes.write(layers, self.coded, kv[:, None, :, :, :over], self._search)
+            self.codes.write(layers, self.coded, kv[:, None, :, :, :over])
         rest = torch.arange(self.coded + over, end, device=q.device) % slots
         self.ring[:, layer, :, :, rest] = kv[..., over:, :].to(self.ring.dtype)
         return out
@@ -339,19 +336,14 @@ class SparseCache:
         self.codes.reserve(self.coded + self.window)
         slots = self.ring.shape[4]
         oldest = torch.arange(self.coded, self.coded + self.window, device=self.ring.device) % slots
-        self.codes.write(slice(None), self.coded, self.ring[..., oldest, :], self._search)
+        self.codes.write(slice(None), self.coded, self.ring[..., oldest, :])
         self.coded += self.window
-
-    def _search(self, D, Y):
-        if self.beam > 1:
-            return omp_beam(D, Y, self.sparsity, self.beam)
-        return omp(D, Y, self.sparsity, self.tol)
 
     def round_trip(self, layer, x):
         """Vectors x (2, B, H, T, m) of a layer as their codes give them back: to look at. Attention
         never needs them. Overwrites what the cache holds."""
         self.codes.reserve(x.shape[3])
-        self.codes.write(slice(layer, layer + 1), 0, x[:, None], self._search)
+        self.codes.write(slice(layer, layer + 1), 0, x[:, None])
         atoms, scale = self.dictionaries.atoms[:, layer], self.dictionaries.scale[:, layer]
         codes = [self.codes.read(kind, layer, 0, x.shape[3]) for kind in (KEYS, VALUES)]
         return torch.stack([scale[kind] * reconstruct(atoms[kind], indices.flatten(0, 1), z.flatten(
@@ -409,27 +401,20 @@ if __name__ == "__main__":  # what sparsity saves and what it costs, decoding a 
     text = find_file("tiny", "held-out.txt").read_text(encoding="utf-8")
     tokens = Tokenizer.from_pretrained("tiny").encode(text[:3000])[:448]
     tokens = torch.tensor([tokens], device=device)
-
-    @torch.inference_mode()
-    def decode(cache):
-        """Prompt with 384 tokens, then feed the rest one by one: log-probabilities, ms a token."""
-        logits, start = [model(tokens[:, :384], cache)[:, -1]], time.perf_counter()
-        logits += [model(token, cache)[:, -1] for token in tokens[:, 384:].split(1, dim=1)]
-        milliseconds = (time.perf_counter() - start) * 1e3 / (len(logits) - 1)
-        return torch.cat(logits).log_softmax(-1), milliseconds
-
-    full, milliseconds = decode(DenseCache(model.config, device=device))
-    print(f"tiny, 384 + 64 tokens of held-out text, buffer 32, on {device}\n"
-          "           bytes a vector  of 16 bit  KL to dense  same token  ms a token\n"
-          f"dense      {2 * model.config.head_dim:14d}     100.0%       0.0000      100.0%"
-          f"  {milliseconds:10.2f}")
-    for code in ("fp8 2", "fp8 4", "fp8 8", "fp8 16", "word 6", "word 12"):
-        coding, sparsity = code.split()[0], int(code.split()[1])
-        cache = SparseCache(model.config, dictionaries, sparsity, buffer=32, coding=coding)
-        q, milliseconds = decode(cache)
+    print("384 tokens of held-out text as a prompt, 64 fed one by one; tiny, buffer 32, on", device)
+    print("          bytes a vector  of 16 bit  KL to dense  ms a token")
+    for name in ("dense", "fp8 2", "fp8 4", "fp8 8", "fp8 16", "word 4", "word 8", "word 12"):
+        cache, nbytes = DenseCache(model.config, device=device), 2 * model.config.head_dim
+        if name != "dense":
+            coding, sparsity = name.split()
+            cache = SparseCache(model.config, dictionaries, int(sparsity), 32, coding=coding)
+            nbytes = cache.codes.vector_bytes
+        with torch.inference_mode():
+            logits, start = [model(tokens[:, :384], cache)[:, -1]], time.perf_counter()
+            logits += [model(token, cache)[:, -1] for token in tokens[:, 384:].split(1, dim=1)]
+        milliseconds = (time.perf_counter() - start) * 1e3 / 64
+        q = torch.cat(logits).log_softmax(-1)
+        full = q if name == "dense" else full
         kl = F.kl_div(q, full, log_target=True, reduction="none").sum(-1).mean().item()
-        same = (q.argmax(-1) == full.argmax(-1)).float().mean().item()
-        nbytes = cache.codes.vector_bytes
-        share = nbytes / (2 * model.config.head_dim)
-        print(f"{coding:4} s = {sparsity:2d}{nbytes:14d}  {share:9.1%}  {kl:11.4f}  {same:10.1%}"
-              f"  {milliseconds:10.2f}")
+        print(f"{name:8}{nbytes:16d}  {nbytes / (2 * model.config.head_dim):9.1%}  {kl:11.4f}  "
+              f"{milliseconds:10.2f}")

@@ -64,8 +64,7 @@ def over_chunks(coder, D, Y, sparsity, cost, *arguments):
         raise ValueError(f"{D3.shape[0]} dictionaries for {Y3.shape[0]} batches of vectors")
     pieces = Y3.split(max(1, CHUNK // (D3.shape[0] * N * cost)), dim=1)
     parts = [coder(D3, piece, sparsity, *arguments) for piece in pieces]
-    indices, coefficients = (torch.cat(part, dim=1) for part in zip(*parts))
-    return indices.view(*Y.shape[:-1], sparsity), coefficients.view(*Y.shape[:-1], sparsity)
+    return tuple(torch.cat(part, dim=1).view(*Y.shape[:-1], -1) for part in zip(*parts))
 
 
 def argmax_rows(x):
@@ -183,35 +182,49 @@ def reconstruct(D, indices, coefficients):
     return out.view(*indices.shape[:-1], -1)
 
 
-def round_to_levels(D, Y, indices, coefficients, bits, sweeps=2):
-    """Bring the coefficients of every vector to whole multiples of a step of its own.
+def omp_levels(D, Y, sparsity, bits, width=1):
+    """OMP (or beam search) with coefficients of few bits: multiples of a step for each vector.
 
-    A coefficient becomes level * step, |level| < 2^(bits - 1), step = 2^(e / 16 - 8) with e in
-    0 .. 255. Of three steps, the least that reaches all coefficients and two that cut the largest,
-    each vector takes the best, once coordinate descent has let the levels correct each other's
-    rounding: the best level of one atom, all others fixed, rounds its part in the residual.
-    D (L, N, m), Y (L, B, m), codes (L, B, s) as from omp. Returns levels (L, B, s) and e (L, B).
+    A coefficient is level * 2^(e / 16 - 8) with |level| < 2^(bits - 1) and e in 0 .. 255.
+    Returns indices and levels (..., B, s) and e (..., B, 1), int64.
     """
-    limit, atoms = 2 ** (bits - 1) - 1, gather_atoms(D, indices)  # (L, B, s, m)
-    square = atoms.square().sum(-1)  # (L, B, s)
-    least, best = torch.full_like(Y[..., 0], torch.inf), None
-    top = coefficients.abs().amax(dim=-1)  # (L, B)
+    return over_chunks(pursue_levels, D, Y, sparsity, width**2, bits, width)
+
+
+def pursue_levels(D, Y, sparsity, bits, width):
+    """omp_levels for D (L, N, m) and Y (L, B, m)."""
+    indices, z = pursue_beam(D, Y, sparsity, width) if width > 1 else pursue(D, Y, sparsity)
+    limit, top, tried = 2 ** (bits - 1) - 1, z.abs().amax(dim=-1), []  # (L, B)
+    # Three steps: the least that reaches all coefficients, and two that cut the largest.
     for cut in (1.0, 0.84, 0.7):
         e = (16 * (torch.log2(cut * top / limit) + 8)).ceil().clamp(0, 255)  # (L, B)
         step = torch.exp2(e / 16 - 8)[..., None]  # (L, B, 1)
-        level = (coefficients / step).round().clamp(-limit, limit)
-        residual = Y - (level * step)[..., None, :].matmul(atoms)[..., 0, :]
-        for j in list(range(indices.shape[-1])) * sweeps:
-            part = (residual * atoms[..., j, :]).sum(-1) / square[..., j]  # (L, B)
-            new = (level[..., j] + part / step[..., 0]).round().clamp(-limit, limit)
-            residual -= ((new - level[..., j]) * step[..., 0])[..., None] * atoms[..., j, :]
-            level[..., j] = new
-        error = residual.square().sum(-1)
-        better = error < least
-        least = torch.where(better, error, least)
-        best = (level, e) if best is None else (torch.where(better[..., None], level, best[0]),
-                                                torch.where(better, e, best[1]))
-    return best[0].long(), best[1]
+        level = (z / step).round().clamp(-limit, limit)
+        atoms = gather_atoms(D, indices)  # (L, B, s, m)
+        residual = Y - (level[..., None, :] * step[..., None] @ atoms)[..., 0, :]
+        # Coordinate descent on the lattice, twice round: one level at a time corrects the others'
+        # rounding. The best for one atom, all else fixed, rounds its part of what is missing.
+        for j in 2 * list(range(sparsity)):
+            atom, old = atoms[..., j, :], level[..., j, None]
+            part = (residual * atom).sum(-1, keepdim=True) / (atom * atom).sum(-1, keepdim=True)
+            new = (old + part / step).round().clamp(-limit, limit)
+            residual, level[..., j] = residual - (new - old) * step * atom, new[..., 0]
+        tried.append((residual.norm(dim=-1), level, e))
+    least = torch.stack([error for error, *_ in tried]).argmin(dim=0)  # (L, B)
+    level = torch.stack([level for _, level, _ in tried]).gather(
+        0, least[None, ..., None].expand(1, *level.shape))[0]
+    e = torch.stack([e for *_, e in tried]).gather(0, least[None])[0][..., None]  # (L, B, 1)
+    if bits <= 4:  # coarse levels leave much to correct: choose every atom anew, the last one first
+        step = torch.exp2(e / 16 - 8)
+        residual = Y - (level[..., None, :] * step[..., None] @ gather_atoms(D, indices))[..., 0, :]
+        for j in reversed(range(sparsity)):
+            residual += level[..., j, None] * step * gather_atoms(D, indices[..., j])
+            best = argmax_rows((residual @ D.mT).abs_())  # (L, B)
+            atom = gather_atoms(D, best)
+            part = (residual * atom).sum(-1) / step[..., 0]
+            indices[..., j], level[..., j] = best, part.round().clamp(-limit, limit)
+            residual -= level[..., j, None] * step * atom
+    return indices, level.long(), e.long()
 
 
 # --------------------------------------------------------------------------------------------------

@@ -8,7 +8,6 @@ from learning them by heart. A tenth of every batch is recall text, to learn to 
 """
 import argparse
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +18,7 @@ from stories import GROUPS, ROW, VOCAB, prepare
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # model.py lies one folder up
 from model import Config, Llama, Tokenizer
 
-SETTINGS = dict(text="stories", data=".data", out="tiny", steps=4810, minutes=60.0, batch=48,
+SETTINGS = dict(text="stories", data=".data", out="tiny", steps=4810, batch=48,
                 lr=3e-3, decay=0.5, dropout=0.2, shares="11,15,27,34,13", layers=6, dim=384)
 
 
@@ -63,9 +62,9 @@ def evaluate(model, data, shares):
 def train(args):
     device = "cuda" if torch.cuda.is_available() else "cpu"
     torch.manual_seed(0)
-    tokenizer, arrays = Tokenizer.from_pretrained(args.data), np.load(f"{args.data}/tokens.npz")
+    digits = Tokenizer.from_pretrained(args.data).encode("0123456789", bos=False)
+    digits, arrays = torch.tensor(digits, device=device), np.load(f"{args.data}/tokens.npz")
     data = {name: torch.from_numpy(arrays[name].astype("int64")).to(device) for name in arrays}
-    digits = torch.tensor(tokenizer.encode("0123456789", bos=False), device=device)
     shares = dict(zip([*GROUPS, "recall"], map(float, args.shares.split(","))))
     model = Llama(Config(
         vocab_size=VOCAB, dim=args.dim, n_layers=args.layers, n_heads=args.dim // 64, kv_heads=2,
@@ -82,31 +81,20 @@ def train(args):
     print("untrained:", evaluate(model, data, shares), flush=True)
     fast_losses = torch.compile(losses) if device == "cuda" else losses
 
-    start, step, done = time.time(), 0, 0.0
-    while done < 1:
-        for optimizer in optimizers:
-            for group in optimizer.param_groups:  # up within 100 steps, then linearly down to zero
-                group["lr"] = args.lr * min((step + 1) / 100, 1 - done)
+    for step in range(args.steps):
         tokens, is_answer = sample_batch(data, shares, args.batch, digits)
         with torch.autocast(device, torch.bfloat16):
             loss, _ = fast_losses(model, tokens)
         weight = 1 + 4 * is_answer[:, 1:]  # answers are few, but they are the point
         ((loss * weight).sum() / weight.sum()).backward()
         for optimizer in optimizers:
+            for group in optimizer.param_groups:  # up within 100 steps, then linearly down to zero
+                group["lr"] = args.lr * min((step + 1) / 100, 1 - step / args.steps)
             optimizer.step()
             optimizer.zero_grad()
-        step, seconds = step + 1, time.time() - start
-        done = max(step / args.steps, seconds / 60 / args.minutes)
-        if step % 250 == 0 or done >= 1:
-            print(f"{step} {seconds:.0f} s, train {loss.mean().item():.3f}, held-out:",
+        if (step + 1) % 250 == 0 or step + 1 == args.steps:
+            print(f"{step + 1}: train {loss.mean().item():.3f}, held-out:",
                   evaluate(model, data, shares), flush=True)
-
-    tokens = torch.tensor([tokenizer.encode("Once upon a time")] * 4, device=device)
-    with torch.no_grad():  # without a cache: every token runs the whole text again
-        while tokens.shape[1] < 250:
-            logits = model.eval()(tokens, last_only=True)[:, 0]
-            tokens = torch.cat((tokens, (logits / 0.7).softmax(-1).multinomial(1)), 1)
-    print("\n---\n".join(map(tokenizer.decode, tokens.tolist())))
     model.save_pretrained(args.out, torch.bfloat16)
     Path(args.out, "tokenizer.json").write_bytes(Path(args.data, "tokenizer.json").read_bytes())
 

@@ -18,8 +18,7 @@ BOS, EOS = "<|begin_of_text|>", "<|end_of_text|>"
 GROUPS = {
     "modern": "tinystories african_storybook pratham_storyweaver aesop_loc",
     "tales": "fairytaleqa folk_fairy_tales_pg nltk_gutenberg",
-    "classics": "classic_books_kids",
-    "novels": "clic_chilit english_novels_easy"}
+    "classics": "classic_books_kids", "novels": "clic_chilit english_novels_easy"}
 # The worse copy of a book that is there twice, scholarship about stories, language not to learn.
 SKIP = re.compile("smallGPT|Treasury|Stevenson_Treas|Captains_1896|princess.txt|Aladdin|pg17208|"
                   "jemima|bunny|flopsy|mice|rabbit|pg34206|pg22373|chesterton|edgeworth|Ford|Troop")
@@ -66,19 +65,18 @@ def recall(rng, filler, n_facts=4, n_questions=1, depth=None):
 
 def recall_row(rng, text, tokenizer):
     "One row of recall documents, few long or many short. Tokens of answers have VOCAB added."
-    def encode(text):
-        return tokenizer.encode(text, add_special_tokens=False).ids
-
     row, n_docs = [], rng.choice((1, 1, 2, 3, 6, 12, 24, 40))
     while len(row) < ROW:  # the last document comes out cut off, or not at all
         n_facts = rng.randint(1, 2 + 14 // n_docs)
         size = max(0, int(3.5 * (ROW / n_docs - 42 * n_facts)))  # of the filler, in characters
         start = text.find("\n\n", rng.randrange(len(text) - size)) + 2  # with a paragraph
         context, questions = recall(rng, text[start : start + size], n_facts, n_facts)
-        row += encode(BOS + context)
+        row += tokenizer.encode(BOS + context).ids
         for question, answer in rng.choices(questions, k=n_facts):  # some twice, some never
-            row += encode(question) + [VOCAB + token for token in encode(answer)] + encode(".")
-        row += encode(EOS)
+            question, answer, stop = (part.ids for part in tokenizer.encode_batch(
+                [question, answer, "."]))
+            row += question + [VOCAB + token for token in answer] + stop
+        row += tokenizer.encode(EOS).ids
     return row[:ROW]
 
 
@@ -105,13 +103,13 @@ def train_tokenizer(texts):
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.train_from_iterator(texts, trainers.BpeTrainer(
         vocab_size=VOCAB, special_tokens=[BOS, EOS], initial_alphabet=as_bytes.alphabet()))
-    tokenizer.post_processor = processors.TemplateProcessing(f"{BOS} $A", special_tokens=[(BOS, 0)])
     return tokenizer
 
 
 def prepare(folder, out, n_rows=3000):
     "Write tokenizer.json, tokens.npz, train.txt and held-out.txt into `out`."
-    rng, out, parts = random.Random(0), Path(out), {"train": {}, "held": {}}
+    rng, out = random.Random(0), Path(out)
+    parts = {part: {group: [] for group in GROUPS} for part in ("train", "held")}
     for group, names in GROUPS.items():
         paths = [path for name in names.split() for path in Path(folder, name).glob("*.txt")]
         texts = [path.read_text("utf-8") for path in sorted(paths) if not SKIP.search(path.name)]
@@ -119,25 +117,23 @@ def prepare(folder, out, n_rows=3000):
         docs = [doc for doc in docs if len(doc) > 200]
         rng.shuffle(docs)
         room = 0.015 * sum(map(len, docs))  # whole documents are held out, not windows of them
-        for part in parts.values():
-            part[group] = []
         for doc in docs:
             part = "held" if len(doc) < room else "train"
             room -= len(doc) * (part == "held")
             parts[part][group].append(doc)
-    simple = {part: groups["modern"] + groups["tales"] + groups["classics"]
-              for part, groups in parts.items()}
+    # All but the novels.
+    simple = {part: sum(list(groups.values())[:3], []) for part, groups in parts.items()}
     tokenizer, arrays = train_tokenizer(simple["train"]), {}
-    for part, groups in parts.items():
-        for group, docs in groups.items():
-            encoded = tokenizer.encode_batch([doc + EOS for doc in docs])  # BOS comes by itself
-            arrays[f"{group}.{part}"] = [token for doc in encoded for token in doc.ids]
-        n, filler = n_rows if part == "train" else 64, "\n\n".join(simple[part])
-        rows = [recall_row(rng, filler, tokenizer) for _ in range(n)]
-        arrays[f"recall.{part}"] = np.ravel(rows)
     out.mkdir(parents=True, exist_ok=True)
-    tokenizer.save(str(out / "tokenizer.json"))
-    for part, name in (("train", "train.txt"), ("held", "held-out.txt")):
+    for part, n, name in (("train", n_rows, "train.txt"), ("held", 64, "held-out.txt")):
+        for group, docs in parts[part].items():
+            encoded = tokenizer.encode_batch([BOS + doc + EOS for doc in docs])
+            arrays[f"{group}.{part}"] = [token for doc in encoded for token in doc.ids]
+        filler = "\n\n".join(simple[part])
+        arrays[f"recall.{part}"] = np.ravel([recall_row(rng, filler, tokenizer) for _ in range(n)])
         (out / name).write_text("\n\n\n".join(simple[part]))
+    # For use, BOS comes by itself.
+    tokenizer.post_processor = processors.TemplateProcessing(f"{BOS} $A", special_tokens=[(BOS, 0)])
+    tokenizer.save(str(out / "tokenizer.json"))
     np.savez_compressed(out / "tokens.npz", **{k: np.uint16(v) for k, v in arrays.items()})
     print("\n".join(f"{name:15} {len(array):10,} tokens" for name, array in arrays.items()))
