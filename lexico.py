@@ -161,7 +161,7 @@ class Codes:
                 self.parts[i][..., :old.shape[4], :] = old
 
     def write(self, layers, start, x):
-        """Code vectors x (2, L or 1, B, H, T, m) of a slice of layers, as tokens from `start` on."""
+        """Code vectors x (2, L or 1, B, H, T, m) of a slice of layers as tokens from `start` on."""
         D = self.dictionaries.atoms[:, layers].flatten(0, 1)  # (2 L, N, m)
         Y = x.flatten(0, 1).flatten(1, 3).to(D.dtype)  # (2 L, B H T, m)
         Y = Y / self.dictionaries.scale[:, layers].reshape(-1, 1, 1)

@@ -192,38 +192,29 @@ def omp_levels(D, Y, sparsity, bits, width=1):
 
 
 def pursue_levels(D, Y, sparsity, bits, width):
-    """omp_levels for D (L, N, m) and Y (L, B, m)."""
+    """omp_levels for D (L, N, m) and Y (L, B, m).
+
+    Levels are found one at a time, all else fixed: the best for an atom rounds its part of what
+    the others leave, and so corrects their rounding. Twice round; and where levels are coarse, once
+    more, last atom first, each atom chosen anew (one may then come twice: its levels add up).
+    """
     indices, z = pursue_beam(D, Y, sparsity, width) if width > 1 else pursue(D, Y, sparsity)
-    limit, top, tried = 2 ** (bits - 1) - 1, z.abs().amax(dim=-1), []  # (L, B)
-    # Three steps: the least that reaches all coefficients, and two that cut the largest.
-    for cut in (1.0, 0.84, 0.7):
-        e = (16 * (torch.log2(cut * top / limit) + 8)).ceil().clamp(0, 255)  # (L, B)
-        step = torch.exp2(e / 16 - 8)[..., None]  # (L, B, 1)
-        level = (z / step).round().clamp(-limit, limit)
-        atoms = gather_atoms(D, indices)  # (L, B, s, m)
-        residual = Y - (level[..., None, :] * step[..., None] @ atoms)[..., 0, :]
-        # Coordinate descent on the lattice, twice round: one level at a time corrects the others'
-        # rounding. The best for one atom, all else fixed, rounds its part of what is missing.
-        for j in 2 * list(range(sparsity)):
-            atom, old = atoms[..., j, :], level[..., j, None]
-            part = (residual * atom).sum(-1, keepdim=True) / (atom * atom).sum(-1, keepdim=True)
-            new = (old + part / step).round().clamp(-limit, limit)
-            residual, level[..., j] = residual - (new - old) * step * atom, new[..., 0]
-        tried.append((residual.norm(dim=-1), level, e))
-    least = torch.stack([error for error, *_ in tried]).argmin(dim=0)  # (L, B)
-    level = torch.stack([level for _, level, _ in tried]).gather(
-        0, least[None, ..., None].expand(1, *level.shape))[0]
-    e = torch.stack([e for *_, e in tried]).gather(0, least[None])[0][..., None]  # (L, B, 1)
-    if bits <= 4:  # coarse levels leave much to correct: choose every atom anew, the last one first
-        step = torch.exp2(e / 16 - 8)
-        residual = Y - (level[..., None, :] * step[..., None] @ gather_atoms(D, indices))[..., 0, :]
-        for j in reversed(range(sparsity)):
-            residual += level[..., j, None] * step * gather_atoms(D, indices[..., j])
-            best = argmax_rows((residual @ D.mT).abs_())  # (L, B)
-            atom = gather_atoms(D, best)
-            part = (residual * atom).sum(-1) / step[..., 0]
-            indices[..., j], level[..., j] = best, part.round().clamp(-limit, limit)
-            residual -= level[..., j, None] * step * atom
+    limit = 2 ** (bits - 1) - 1
+    e = 16 * (torch.log2(z.abs().amax(dim=-1, keepdim=True) / limit) + 8)  # the largest just fits
+    e = e.ceil().clamp(0, 255)  # (L, B, 1)
+    step = torch.exp2(e / 16 - 8)
+    level, atoms = (z / step).round(), gather_atoms(D, indices)  # (L, B, s), (L, B, s, m)
+    residual = Y - (level[..., None, :] * step[..., None] @ atoms)[..., 0, :]
+    anew = [*reversed(range(sparsity))] if bits <= 4 else []
+    for turn, j in enumerate([*range(sparsity)] * 2 + anew):
+        residual = residual + level[..., j, None] * step * atoms[..., j, :]
+        if turn >= 2 * sparsity:
+            indices[..., j] = argmax_rows((residual @ D.mT).abs_())
+            atoms[..., j, :] = gather_atoms(D, indices[..., j])
+        atom = atoms[..., j, :]
+        part = (residual * atom).sum(-1, keepdim=True) / (atom * atom).sum(-1, keepdim=True)
+        new = (part / step).round().clamp(-limit, limit)  # (L, B, 1)
+        residual, level[..., j] = residual - new * step * atom, new[..., 0]
     return indices, level.long(), e.long()
 
 

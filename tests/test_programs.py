@@ -42,9 +42,10 @@ def call(command):
 
 
 def start(command):
-    """Run a program as a process of its own."""
+    """Run a program as a process of its own, which Ctrl-C reaches even where it would not us."""
     return subprocess.Popen([sys.executable, "-u", *shlex.split(command)], cwd=ROOT, text=True,
-                            stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+                            stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
 
 
 # generate.py
