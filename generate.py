@@ -45,13 +45,13 @@ def generate(model, cache, prompt, count, choose):
 
         tokens (B,), logits (B, vocab), forward and coding in seconds, bytes (the cache's nbytes).
 
-    The first one's forward pass is the prompt's. choose(logits, step) gives the next tokens (B,).
+    The first one's forward pass is the prompt's. choose(logits) gives the next tokens (B,).
     """
     tokens = prompt
-    for step in range(count):
+    for _ in range(count):
         start = clock(prompt.device)
         logits = model(tokens, cache, last_only=True)[:, -1]
-        tokens = choose(logits, step)[:, None]
+        tokens = choose(logits)[:, None]
         middle = clock(prompt.device)
         if isinstance(cache, SparseCache):
             cache.compress()
@@ -94,15 +94,16 @@ def print_summary(name, s):
     print(f"  memory    at most {size(s['peak_memory'])} in use")
 
 
-def agreement(sparse, dense, forced):
-    """How far two runs agree. forced: steps of the sparse cache along the dense cache's text."""
-    pairs = zip((r["tokens"] for r in sparse), (r["tokens"] for r in dense))
-    same = next((i for i, (a, b) in enumerate(pairs) if not torch.equal(a, b)), len(dense))
-    p, q = (torch.stack([r["logits"] for r in steps]).float().log_softmax(-1)
-            for steps in (dense, forced))
-    return {"shared_tokens": same,
-            "kl": F.kl_div(q, p, log_target=True, reduction="none").sum(-1).mean().item(),
-            "top1": (p.argmax(-1) == q.argmax(-1)).float().mean().item()}
+@torch.inference_mode()
+def agreement(model, cache, prompt, sparse, dense):
+    """How far two runs agree; cache: a fresh sparse one, to feed the dense run's text through."""
+    same = [torch.equal(a["tokens"], b["tokens"]) for a, b in zip(sparse, dense)] + [False]
+    inputs = [prompt] + [step["tokens"][:, None] for step in dense[:-1]]
+    q = torch.cat([model(tokens, cache, last_only=True)[:, -1] for tokens in inputs])
+    p, q = (x.float().log_softmax(-1) for x in (torch.cat([s["logits"] for s in dense]), q))
+    return {"shared_tokens": same.index(False),
+            "top1": (p.argmax(-1) == q.argmax(-1)).float().mean().item(),
+            "kl": F.kl_div(q, p, log_target=True, reduction="none").sum(-1).mean().item()}
 
 
 def read_prompt(args):
@@ -175,27 +176,26 @@ def main():
     dtype = args.dtype or ("float32" if device.type == "cpu" else None)
     model = Llama.from_pretrained(args.model, device, dtype and getattr(torch, dtype))
 
-    def run(dense, forced=None, show=None):
-        """Generate with one cache: the list of steps, and why it ended."""
+    def new_cache(dense):
         if dense:
-            cache = DenseCache(config, device=device, dtype=model.norm.weight.dtype)
-        else:
-            cache = SparseCache(config, dictionaries, args.sparsity, args.buffer, args.window,
-                                beam=args.beam, coding=args.coding, dtype=torch.bfloat16)
+            return DenseCache(config, device=device, dtype=model.norm.weight.dtype)
+        return SparseCache(config, dictionaries, args.sparsity, args.buffer, args.window,
+                           beam=args.beam, coding=args.coding, dtype=torch.bfloat16)
+
+    def run(dense, show=lambda record: None):
+        """Generate with one cache: the list of steps, and why it ended."""
         generator = torch.Generator().manual_seed(args.seed)
         count = min(args.max_new_tokens, config.context - prompt.shape[1] + 1)
         steps, ended = [], "context full" if count < args.max_new_tokens else "as asked for"
 
-        def choose(logits, step):
-            return forced[step]["tokens"] if forced else sample(
-                logits, args.temperature, args.top_p, generator)
+        def choose(logits):
+            return sample(logits, args.temperature, args.top_p, generator)
 
         try:
-            for record in generate(model, cache, prompt, len(forced or ()) or count, choose):
+            for record in generate(model, new_cache(dense), prompt, count, choose):
                 steps.append(record)
-                if show:
-                    show(record)
-                if record["tokens"][0].item() in config.eos_ids and not forced:
+                show(record)
+                if record["tokens"][0].item() in config.eos_ids:
                     return steps, "end of text"
         except KeyboardInterrupt:
             ended = "interrupted"
@@ -228,7 +228,7 @@ def main():
     if args.compare and not args.dense and ended != "interrupted":
         dense, dense_ended = run(True)
         figures["dense"] = summary(dense, dense_ended, prompt)
-        figures["agreement"] = same = agreement(steps, dense, run(False, forced=dense)[0])
+        figures["agreement"] = same = agreement(model, new_cache(False), prompt, steps, dense)
         if not args.quiet:
             print_summary("dense", figures["dense"])
             print(f"agreement: the first {same['shared_tokens']} tokens are shared. Along the "

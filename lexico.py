@@ -20,7 +20,6 @@ runs over both parts together. A prompt attends exactly, and is coded layer by l
 import json
 import math
 import os
-from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -49,33 +48,26 @@ class Dictionaries:
 
     def __init__(self, atoms, scale, config, **metadata):
         self.atoms, self.scale, self.metadata = atoms, scale, metadata
-        self.shape = shape_of(config) if not isinstance(config, dict) else config
+        self.shape = config if isinstance(config, dict) else shape_of(config)
         self.n_atoms, self.device = atoms.shape[2], atoms.device
-
-    def to(self, device, dtype=None):
-        atoms, scale = self.atoms.to(device, dtype), self.scale.to(device)
-        return Dictionaries(atoms, scale, self.shape, **self.metadata)
 
     def check(self, config):
         """Raise InputError unless these were learned for a model of this shape."""
-        wanted = shape_of(config)
-        differing = [f"{key} = {self.shape.get(key)}, the model {value}"
-                     for key, value in wanted.items() if self.shape.get(key) != value]
-        if differing:
-            made_for = self.metadata.get("model", "another model")
-            raise InputError(f"the dictionary was learned for {made_for}: it has {differing[0]}; "
-                             "learn one for this model with train_dict.py, or give --dictionary")
+        for name, wanted in shape_of(config).items():
+            if self.shape.get(name) != wanted:
+                made_for = self.metadata.get("model", "another model")
+                raise InputError(f"the dictionary was learned for {made_for}, of {name} = "
+                                 f"{self.shape.get(name)}, not {wanted}; give --dictionary, or "
+                                 "learn one for this model with train_dict.py")
         return self
 
     def save(self, path):
         """Write one safetensors file, atoms in bfloat16; a reader never sees half a file."""
-        header = {"format": FORMAT, "shape": json.dumps(self.shape),
-                  "metadata": json.dumps(self.metadata)}
-        tensors = {"keys": self.atoms[KEYS], "values": self.atoms[VALUES]}
-        tensors = {name: atoms.to(torch.bfloat16).contiguous() for name, atoms in tensors.items()}
-        part = f"{path}.part"
-        save_file({**tensors, "scale": self.scale.float().contiguous()}, part, metadata=header)
-        os.replace(part, path)
+        keys, values = self.atoms.to(torch.bfloat16).contiguous()
+        about = json.dumps({"shape": self.shape, **self.metadata})
+        save_file({"keys": keys, "values": values, "scale": self.scale.contiguous()},
+                  f"{path}.part", metadata={"format": FORMAT, "about": about})
+        os.replace(f"{path}.part", path)
 
     @classmethod
     def load(cls, path, device="cpu", dtype=torch.float32):
@@ -88,13 +80,11 @@ class Dictionaries:
                 if header.get("format") != FORMAT:
                     raise InputError(f"'{path}' is not a dictionary of format {FORMAT}; "
                                      "give a file that train_dict.py wrote")
-                atoms = torch.stack([file.get_tensor("keys"), file.get_tensor("values")])
-                scale = file.get_tensor("scale")
+                keys, values, scale = map(file.get_tensor, ("keys", "values", "scale"))
         except (SafetensorError, OSError) as error:
-            raise InputError(f"dictionary '{path}' is damaged ({error}); fetch or learn it again"
-                             ) from None
-        metadata = json.loads(header["metadata"])
-        return cls(atoms.to(dtype), scale, json.loads(header["shape"]), **metadata)
+            raise InputError(f"dictionary '{path}' is damaged ({error}); learn it again") from None
+        about = json.loads(header["about"])
+        return cls(torch.stack((keys, values)).to(dtype), scale, about.pop("shape"), **about)
 
     @classmethod
     def find(cls, model):
@@ -102,9 +92,8 @@ class Dictionaries:
         path = find_file(model, "dictionary.safetensors", required=False)
         path = path or Path(default_path(model))
         if not path.is_file():
-            raise InputError(f"no dictionary is known for model '{model}'; learn one with\n"
-                             f"    python train_dict.py --model {model}\n"
-                             "or give one with --dictionary, or run with --dense")
+            raise InputError(f"no dictionary is known for model '{model}'; give --dictionary or "
+                             f"--dense, or learn one: python train_dict.py --model {model}")
         return path
 
 
@@ -115,9 +104,8 @@ def default_path(model):
 
 def shape_of(config):
     """What must agree between a dictionary and a model: the shape, for atoms do not transfer."""
-    names = ("model_type", "vocab_size", "dim", "n_layers", "n_heads", "kv_heads", "head_dim",
-             "rope_theta", "rope_scaling")
-    return {name: asdict(config)[name] for name in names}
+    names = ("vocab_size", "dim", "n_layers", "n_heads", "kv_heads", "head_dim", "rope_theta")
+    return {name: getattr(config, name) for name in names}
 
 
 # --------------------------------------------------------------------------------------------------
@@ -344,10 +332,12 @@ class SparseCache:
         never needs them. Overwrites what the cache holds."""
         self.codes.reserve(x.shape[3])
         self.codes.write(slice(layer, layer + 1), 0, x[:, None])
-        atoms, scale = self.dictionaries.atoms[:, layer], self.dictionaries.scale[:, layer]
-        codes = [self.codes.read(kind, layer, 0, x.shape[3]) for kind in (KEYS, VALUES)]
-        return torch.stack([scale[kind] * reconstruct(atoms[kind], indices.flatten(0, 1), z.flatten(
-            0, 1)).view_as(x[kind]) for kind, (indices, z) in enumerate(codes)])
+        back = []
+        for kind, scale in enumerate(self.dictionaries.scale[:, layer]):
+            indices, z = self.codes.read(kind, layer, 0, x.shape[3])  # (B H, T, s)
+            D = self.dictionaries.atoms[kind, layer] * scale
+            back.append(reconstruct(D, indices.flatten(0, 1), z.flatten(0, 1)).view_as(x[kind]))
+        return torch.stack(back)
 
     def _attend(self, layer, q, keys, values, seen):
         """Attention over all codes and over dense keys, values (B, H, S, m) where seen (T, S).

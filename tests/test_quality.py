@@ -1,4 +1,4 @@
-"""What compression costs, on a small slice: the frontier's claims, and that its simulation is real."""
+"""What compression costs, on a small slice: the claims of quality.py, and that it is real."""
 
 import pytest
 import torch
