@@ -68,11 +68,9 @@ def size(nbytes):
 def summary(steps, ended, prompt):
     """What a run took: a dict of plain numbers, in seconds and bytes."""
     latency = torch.tensor([r["forward"] + r["coding"] for r in steps[1:]] or [0.0]).double()
-    if prompt.is_cuda:
-        peak = torch.cuda.max_memory_allocated(prompt.device)
-    else:
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (
-            1 if sys.platform == "darwin" else 1024)
+    unit = 1 if sys.platform == "darwin" else 1024  # of ru_maxrss
+    peak = (torch.cuda.max_memory_allocated(prompt.device) if prompt.is_cuda else
+            resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit)
     return {"prompt_tokens": prompt.shape[1], "new_tokens": len(steps), "ended": ended,
             "prefill": steps[0]["forward"], "median": latency.median().item(),
             "p95": latency.quantile(0.95).item(), "peak_memory": peak,
@@ -108,13 +106,12 @@ def agreement(model, cache, prompt, sparse, dense):
 
 def read_prompt(args):
     """The prompt's text, from --prompt, --prompt-file or standard input ("-")."""
+    text = args.prompt
     try:
         if "-" in (args.prompt, args.prompt_file):
             text = sys.stdin.buffer.read().decode("utf-8")
         elif args.prompt_file is not None:
             text = Path(args.prompt_file).read_text(encoding="utf-8")
-        else:
-            text = args.prompt
     except UnicodeDecodeError:
         raise InputError(f"prompt '{args.prompt_file or '-'}' is not UTF-8; convert it") from None
     except OSError as error:
@@ -148,11 +145,11 @@ def parse_arguments():
     add("--quiet", action="store_true", help="print the text and nothing else")
     add("--json", metavar="FILE", help="write all figures there too")
     args = parser.parse_args()
-    for option, good in (("max_new_tokens", args.max_new_tokens >= 1),
-                         ("top_p", 0 < args.top_p <= 1), ("temperature", args.temperature >= 0)):
+    for given, good in ((f"--max-new-tokens {args.max_new_tokens}", args.max_new_tokens >= 1),
+                        (f"--temperature {args.temperature}", args.temperature >= 0),
+                        (f"--top-p {args.top_p}", 0 < args.top_p <= 1)):
         if not good:
-            value = getattr(args, option)
-            raise InputError(f"--{option.replace('_', '-')} {value} is out of range; see --help")
+            raise InputError(f"{given} is out of range; see --help")
     try:
         args.device = torch.device(args.device or best_device())
         torch.empty(0, device=args.device)
@@ -183,7 +180,7 @@ def main():
                            beam=args.beam, coding=args.coding, dtype=torch.bfloat16)
 
     def run(dense, show=lambda record: None):
-        """Generate with one cache: the list of steps, and why it ended."""
+        """Generate with one cache: the list of steps, and their summary."""
         generator = torch.Generator().manual_seed(args.seed)
         count = min(args.max_new_tokens, config.context - prompt.shape[1] + 1)
         steps, ended = [], "context full" if count < args.max_new_tokens else "as asked for"
@@ -196,10 +193,13 @@ def main():
                 steps.append(record)
                 show(record)
                 if record["tokens"][0].item() in config.eos_ids:
-                    return steps, "end of text"
+                    ended = "end of text"
+                    break
         except KeyboardInterrupt:
+            if not steps:  # nothing to sum up yet
+                sys.exit(130)
             ended = "interrupted"
-        return steps, ended
+        return steps, summary(steps, ended, prompt)
 
     stream, new = tokenizer.stream(), []
 
@@ -215,19 +215,16 @@ def main():
 
     if not args.quiet:
         print(" step  token             forward ms  coding ms      cache  of dense")
-    steps, ended = run(args.dense, show=show)
-    name = "dense" if args.dense else "sparse"
-    figures = {"text": tokenizer.decode(new)}
-    if steps:
-        figures[name] = summary(steps, ended, prompt)
+    steps, main_summary = run(args.dense, show)
+    name, interrupted = "dense" if args.dense else "sparse", main_summary["ended"] == "interrupted"
+    figures = {"text": tokenizer.decode(new), name: main_summary}
     if args.quiet:
         print(stream(None))
     else:
         print(f"\n{text}{figures['text']}\n")
-        print_summary(name, figures[name])
-    if args.compare and not args.dense and ended != "interrupted":
-        dense, dense_ended = run(True)
-        figures["dense"] = summary(dense, dense_ended, prompt)
+        print_summary(name, main_summary)
+    if args.compare and not args.dense and not interrupted:
+        dense, figures["dense"] = run(dense=True)
         figures["agreement"] = same = agreement(model, new_cache(False), prompt, steps, dense)
         if not args.quiet:
             print_summary("dense", figures["dense"])
@@ -242,7 +239,7 @@ def main():
             os.replace(f"{args.json}.part", args.json)
         except OSError as error:
             raise InputError(f"--json {args.json} cannot be written: {error.strerror}") from None
-    return 130 if ended == "interrupted" else 0
+    return 130 if interrupted else 0
 
 
 if __name__ == "__main__":

@@ -31,8 +31,8 @@ import tiktoken
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 
 
 class InputError(Exception):
@@ -46,6 +46,8 @@ def run_program(main):
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(130)
     except BrokenPipeError:  # whoever read our output has left
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(141)
@@ -89,8 +91,7 @@ class Config:
         for name in list(HF_NAMES.values())[:6]:
             if hf.get(name) is None:
                 raise InputError(f"config.json has no {name}: it does not describe a Llama")
-        kind, context = hf.get("model_type"), hf["max_position_embeddings"]
-        heads = hf["num_attention_heads"]
+        kind, heads = hf.get("model_type"), hf["num_attention_heads"]
         kv_heads = hf.get("num_key_value_heads") or heads
         # Two spellings: rope_theta and rope_scaling, or (transformers 5) both in rope_parameters.
         rope = {"rope_theta": hf.get("rope_theta"), **(hf.get("rope_scaling") or {}),
@@ -102,7 +103,7 @@ class Config:
                 "quantization_config": not hf.get("quantization_config"),
                 "hidden_act": hf.get("hidden_act", "silu") == "silu",
                 "mlp_bias": not hf.get("mlp_bias"),
-                "sliding_window": not window or window >= context,
+                "sliding_window": not window or window >= hf["max_position_embeddings"],
                 "layer_types": set(hf.get("layer_types") or ()) <= {"full_attention"},
                 "rope_type": rope_type in ("default", "llama3"),
                 "partial_rotary_factor": rope.get("partial_rotary_factor", 1) == 1,
@@ -206,8 +207,6 @@ class Layer(nn.Module):
 
     def forward(self, x, cos, sin, cache):
         x = x + self.self_attn(self.input_layernorm(x), cos, sin, cache)
-        if x.shape[1] <= 4096:
-            return x + self.mlp(self.post_attention_layernorm(x))
         # A long prompt passes the MLP in pieces: its hidden layer is the widest tensor of all.
         return torch.cat([part + self.mlp(self.post_attention_layernorm(part))
                           for part in x.split(4096, dim=1)], dim=1)
@@ -232,20 +231,15 @@ class Llama(nn.Module):
         x = self.embed_tokens(tokens)  # (B, T, dim)
         start = 0 if cache is None else cache.length
         positions = start + torch.arange(tokens.shape[1], device=x.device)  # (T,)
-        angle = positions[:, None].float() * self.frequencies(x.device)  # (T, m / 2)
-        angle = torch.cat((angle, angle), dim=-1)  # (T, m)
+        # Not a buffer: the frequencies stay float32 in a bf16 model.
+        self._frequencies = self._frequencies.to(x.device)  # (m / 2,)
+        angle = torch.outer(positions.float(), self._frequencies).repeat(1, 2)  # (T, m)
         cos, sin = angle.cos().to(x.dtype), angle.sin().to(x.dtype)
         for layer in self.layers:
             x = layer(x, cos, sin, cache)
         x = self.norm(x[:, -1:] if last_only else x)
         head = self.embed_tokens if self.config.tied else self.lm_head
         return F.linear(x, head.weight)
-
-    def frequencies(self, device):
-        """Rotary frequencies, on the device. Not a buffer: they stay float32 in a bf16 model."""
-        if self._frequencies.device != device:
-            self._frequencies = self._frequencies.to(device)
-        return self._frequencies
 
     def init_weights(self):
         """GPT-2's initialisation: normal(0.02), less for the projections that write to x."""
@@ -280,21 +274,20 @@ class Llama(nn.Module):
         weights = {}
         for path in weight_files(name_or_path):
             try:
-                with safe_open(path, "pt") as file:
-                    for name in file.keys():
-                        weight = file.get_tensor(name).to(device, dtype)
-                        weights[name.removeprefix("model.")] = weight
+                shard = load_file(path)
             except (SafetensorError, OSError) as error:
                 raise InputError(f"{path} is damaged ({error}); fetch it again") from None
+            for name, weight in shard.items():
+                if not name.endswith("inv_freq"):  # old checkpoints hold what we compute
+                    weights[name.removeprefix("model.")] = weight.to(device, dtype)
+        if config.tied:
+            weights.pop("lm_head.weight", None)
         expected = {name: tuple(p.shape) for name, p in model.named_parameters()}
-        computed = [name for name in weights if name.endswith("inv_freq")]  # in old checkpoints
-        for name in computed + ["lm_head.weight"] * config.tied:
-            weights.pop(name, None)
-        problems = [f"{name} is missing" for name in expected.keys() - weights.keys()]
-        problems += [f"{name} is unexpected" for name in weights.keys() - expected.keys()]
-        problems += [f"{name} is {tuple(weight.shape)}, not {expected[name]}"
-                     for name, weight in weights.items()
-                     if tuple(weight.shape) != expected.get(name, tuple(weight.shape))]
+        found = {name: tuple(weight.shape) for name, weight in weights.items()}
+        problems = [f"{name} is missing" for name in expected.keys() - found.keys()]
+        problems += [f"{name} is unexpected" for name in found.keys() - expected.keys()]
+        problems += [f"{name} is {found[name]}, not {shape}" for name, shape in expected.items()
+                     if found.get(name, shape) != shape]
         if problems:
             raise InputError(f"weights of '{name_or_path}' do not fit its config.json: "
                              + "; ".join(sorted(problems)))
@@ -327,10 +320,9 @@ def find_file(name_or_path, filename, required=True):
     may be absent: then None.
     """
     folder = Path(__file__).parent / "tiny" if str(name_or_path) == "tiny" else Path(name_or_path)
+    path = folder / filename
     if folder.is_file() and folder.suffix == ".json":
         path = folder if filename == "config.json" else folder.parent / filename
-    else:
-        path = folder / filename
     if path.is_file():
         return path
     if folder.exists() or folder.is_absolute() or len(folder.parts) != 2:  # a Hub id is owner/name
@@ -360,9 +352,7 @@ def read_json(path):
 def weight_files(name_or_path):
     """The safetensors files of a model: one, or the shards that its index names."""
     index = find_file(name_or_path, "model.safetensors.index.json", required=False)
-    if index is None:
-        return [find_file(name_or_path, "model.safetensors")]
-    shards = set(read_json(index)["weight_map"].values())
+    shards = set(read_json(index)["weight_map"].values()) if index else {"model.safetensors"}
     return [find_file(name_or_path, shard) for shard in sorted(shards)]
 
 
@@ -371,8 +361,7 @@ def weight_files(name_or_path):
 
 GPT2_SPLIT = r"'(?:s|t|re|ve|m|ll|d)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 # The same once every digit stands alone (SmolLM2): white space before a digit now ends its piece.
-DIGITS_SPLIT = (r"\p{N}|'(?:s|t|re|ve|m|ll|d)| ?\p{L}+| ?[^\s\p{L}\p{N}]+"
-                r"|\s+(?![^\s\p{N}])|\s+")
+DIGITS_SPLIT = r"\p{N}|'(?:s|t|re|ve|m|ll|d)| ?\p{L}+| ?[^\s\p{L}\p{N}]+|\s+(?![^\s\p{N}])|\s+"
 LLAMA3_SPLIT = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
                 r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+")
 LLAMA3_SPECIAL = {"<|begin_of_text|>": 128000, "<|end_of_text|>": 128001,
@@ -429,7 +418,7 @@ class Tokenizer:
     @classmethod
     def _from_json(cls, path):
         hf = read_json(path)
-        model, vocab = hf["model"], hf["model"]["vocab"]
+        vocab = hf["model"]["vocab"]
         special = {token["content"]: token["id"] for token in hf["added_tokens"]}
         bos_id = special.get(first_template_token(hf.get("post_processor")))
         steps = hf.get("pre_tokenizer") or {}
@@ -447,9 +436,9 @@ class Tokenizer:
         to_byte = {char: byte for byte, char in enumerate(byte_characters())}
         as_bytes = {token: bytes(map(to_byte.get, token))
                     for token in vocab if to_byte.keys() >= set(token)}
-        merged = ["".join(merge.split(" ") if isinstance(merge, str) else merge)
-                  for merge in model["merges"]]
-        order = list(dict.fromkeys([*byte_characters(), *merged]))
+        # A merge is "a b" or ["a", "b"]; a token holds no space, which is written otherwise.
+        merged = ["".join(merge).replace(" ", "") for merge in hf["model"]["merges"]]
+        order = list(dict.fromkeys([*to_byte, *merged]))
         missing = [token for token in order if token not in vocab]
         if missing:
             raise InputError(f"{path}: the vocabulary lacks {missing[0]!r}; fetch it again")

@@ -17,7 +17,6 @@ that hardly any vector uses is replaced by a vector that the others serve badly.
 import argparse
 import json
 import os
-import sys
 import time
 from pathlib import Path
 
@@ -136,8 +135,7 @@ class Learner:
             B.view(M * N, m).index_add_(0, row.flatten(), (z * X).flatten(0, 1))
         # The closed form, with a little weight on the atoms as they are: it holds those in place
         # that too few vectors have used yet, and keeps A invertible.
-        diagonal = A.diagonal(dim1=-2, dim2=-1)  # (M, N)
-        hold = 0.01 * diagonal.mean(dim=-1)[:, None, None]  # (M, 1, 1)
+        hold = 0.01 * A.diagonal(dim1=-2, dim2=-1).mean(dim=-1)[:, None, None]  # (M, 1, 1)
         factor = torch.linalg.cholesky(A + hold * torch.eye(N, device=A.device))
         D.copy_(F.normalize(torch.cholesky_solve(B + hold * D, factor), dim=-1))
         # Atoms used less than a twentieth of the average make way for the worst-served vectors.
@@ -167,6 +165,7 @@ def learn(args, model, tokenizer, settings):
     steps, held_out = max(1, round(args.tokens / (count * row_length))), batch(0, held_out=True)
     if args.fine_tune:
         atoms = Dictionaries.load(args.fine_tune, device).check(model.config).atoms.flatten(0, 1)
+        args.atoms = atoms.shape[1]
     else:  # atoms start as vectors of the text
         X = torch.cat([batch(seed) for seed in range(-(-args.atoms // held_out.shape[1]))], dim=1)
         atoms = F.normalize(X[:, torch.randperm(X.shape[1])[:args.atoms].to(device)], dim=-1)
@@ -201,8 +200,7 @@ def load_checkpoint(path, learner, settings):
         raise InputError(f"--resume: there is no checkpoint {path}; start without --resume")
     with safe_open(path, "pt") as file:
         was = json.loads(file.metadata()["settings"])
-        differing = [f"--{name} {was.get(name)}" for name in settings
-                     if was.get(name) != settings[name]]
+        differing = [f"--{name} {value}" for name, value in was.items() if value != settings[name]]
         if differing:
             raise InputError(f"--resume: {path} was made with {', '.join(differing)}; repeat that, "
                              "or start without --resume")
@@ -218,9 +216,8 @@ def wikitext():
         return [hf_hub_download("Salesforce/wikitext", repo_type="dataset", filename=(
             f"wikitext-103-raw-v1/train-0000{i}-of-00002.parquet")) for i in range(2)]
     except Exception as error:  # whatever keeps the Hub from us, the way out is the same
-        reason = str(error).strip().splitlines()[0]
         raise InputError("without --text, WikiText-103 comes from the Hub, but: "
-                         f"{reason}; give --text FILE") from None
+                         f"{str(error).strip().splitlines()[0]}; give --text FILE") from None
 
 
 def main():
@@ -247,16 +244,14 @@ def main():
             raise InputError(f"--{name} {getattr(args, name)} is outside {least} .. {most}")
     args.out = args.out or default_path(args.model)
     args.text = args.text or wikitext()
-    settings = {name: getattr(args, name) for name in
-                ("model", "atoms", "sparsity", "tokens", "batch", "fade", "fine_tune", "seed")}
-    settings["text"] = [str(path) for path in args.text]
+    settings = {name: value for name, value in vars(args).items()
+                if name not in ("out", "resume", "checkpoint_seconds", "device")}
     torch.manual_seed(args.seed)
     device = torch.device(args.device or best_device())
     dtype = torch.float32 if device.type == "cpu" else None
-    tokenizer = Tokenizer.from_pretrained(args.model)
     model = Llama.from_pretrained(args.model, device, dtype)
     began = time.time()
-    learner, errors = learn(args, model, tokenizer, settings)
+    learner, errors = learn(args, model, Tokenizer.from_pretrained(args.model), settings)
     keys, values = errors.view(2, -1).tolist()
     # Stored coefficients get head room: the largest one met becomes 64 of FP8's 448.
     scale = (learner.state["largest"] / 64).clamp(min=1e-8).view(2, -1).cpu()
