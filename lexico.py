@@ -1,7 +1,7 @@
 """The sparse-coded KV cache of Lexico (Kim et al. 2025, arXiv 2412.08890).
 
 A language model keeps a key and a value of every token, head and layer, each m numbers of 16 bits.
-Lexico keeps a vector x as s coefficients z over a dictionary D of N atoms; the keys and the values
+Lexico keeps a vector x as s coefficients z over a dictionary D of N atoms. The keys and the values
 of each layer have a dictionary each, learned once for a model (train_dict.py):
 
     x  becomes  z D = sum_j z_j d_(n_j)       3 s bytes: s indices of 16 bits, s coefficients of 8
@@ -120,11 +120,11 @@ CODINGS = {  # the parts of a vector's code: numbers in it (0: s) and their type
 class Codes:
     """Coded vectors (2, L, B, H, capacity), s coefficients each, row by row, in one of three forms.
 
-    fp8      the published one, 3 s bytes: s int16 indices; s coefficients in FP8 E4M3 (4 bits of
+    fp8      the published one, 3 s bytes: s int16 indices, s coefficients in FP8 E4M3 (4 bits of
              exponent, 3 of mantissa) in units of the dictionary's scale. What is larger than
              E4M3's largest number, 448, becomes that, not NaN.
     word     2 s + 1 bytes: s words of 16 bits, the index in the high log2 N, in the rest a signed
-             level; and a byte e. A coefficient is level x 2^(e/16 - 8) in units of the scale.
+             level, and a byte e. A coefficient is level x 2^(e/16 - 8) in units of the scale.
     float32  6 s bytes: coefficients as they are, to see sparsity alone.
     """
 
