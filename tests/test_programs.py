@@ -193,8 +193,11 @@ def test_every_file_runs_and_shows_something(name):
     assert code == 0 and len(out) > 100
 
 
-def test_the_commands_of_the_readme_parse_and_its_main_one_runs():
+def test_the_readme_points_at_the_right_lines_its_commands_parse_and_its_main_one_runs():
     readme = (ROOT / "README.md").read_text()
+    for name, file, line in re.findall(r"\[`(?:\w+\.)?(\w+)`\]\((\w+\.py)#L(\d+)\)", readme):
+        there = (ROOT / file).read_text().splitlines()[int(line) - 1]
+        assert re.match(rf" *(def|class) {name}\b", there), (name, there)
     commands = re.findall(r"^(?:.* && )?python (\w+\.py.*)$", readme, re.M)
     assert len(commands) > 5
     for command in commands:
