@@ -316,7 +316,7 @@ class SparseCache:
     def compress(self):
         """Code what overflows the buffer, for all layers, keys and values in one call.
 
-        Called by every decoding step that finds the buffer full; a caller that wants to time it,
+        Called by every decoding step that finds the buffer full. A caller that wants to time it,
         or to have it done while it waits, calls it between steps.
         """
         if self.length - self.coded < self.buffer + self.window:
@@ -369,8 +369,8 @@ class SparseCache:
         return torch.cat(outs, dim=2).reshape(B, -1, T, m).to(dtype)
 
     def nbytes(self):
-        """Bytes in use by codes, by the buffer and in total; of the dictionaries, which are there
-        once whatever the context or the batch; allocated in all; and of a dense 16-bit cache."""
+        """Bytes in use by codes, by the buffer and in total, of the dictionaries (which are there
+        once, whatever context and batch), allocated in all, and of a dense 16-bit cache."""
         waiting = self.ring[..., :self.length - self.coded, :].numel()
         codes, buffer = self.codes.nbytes(self.coded), waiting * self.ring.itemsize
         dictionaries = self.dictionaries.atoms.nbytes + self.dictionaries.scale.nbytes
@@ -404,7 +404,8 @@ if __name__ == "__main__":  # what sparsity saves and what it costs, decoding a 
             logits += [model(token, cache)[:, -1] for token in tokens[:, 384:].split(1, dim=1)]
         milliseconds = (time.perf_counter() - start) * 1e3 / 64
         q = torch.cat(logits).log_softmax(-1)
-        full = q if name == "dense" else full
+        if name == "dense":
+            full = q
         kl = F.kl_div(q, full, log_target=True, reduction="none").sum(-1).mean().item()
         print(f"{name:8}{nbytes:16d}  {nbytes / (2 * model.config.head_dim):9.1%}  {kl:11.4f}  "
               f"{milliseconds:10.2f}")

@@ -266,7 +266,7 @@ class Llama(nn.Module):
 
         The network is built without memory (meta device) and its weights are put in place one at a
         time. On a CPU they are the file's own pages, mapped and never copied, unless dtype asks for
-        a conversion. Default device: the best there is; dtype: the file's. Raises InputError.
+        a conversion. Default device: the best there is, dtype: the file's. Raises InputError.
         """
         config, device = Config.from_pretrained(name_or_path), device or best_device()
         with torch.device("meta"):

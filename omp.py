@@ -248,7 +248,7 @@ def lasso(D, Y, sparsity, penalty=0.1, steps=100):
     t = 1.0
     for _ in range(steps):
         before, t_before = Z, t
-        Z = F.softshrink(ahead + rate * (Y - ahead @ D) @ D.T, 0)
+        Z = ahead + rate * (Y - ahead @ D) @ D.T
         Z = Z.sign() * (Z.abs() - threshold).clamp(min=0)
         t = (1 + (1 + 4 * t**2) ** 0.5) / 2
         ahead = Z + (t_before - 1) / t * (Z - before)

@@ -181,7 +181,8 @@ def test_a_killed_run_resumes_to_what_an_unbroken_one_gives(learned, tmp_path):
     code, _, error = call(f"{command} --resume --tokens 8192")
     assert code == 2 and "--tokens 4096" in error
     assert call(f"{command} --resume")[0] == 0
-    torch.testing.assert_close(load_file(tmp_path / "d"), load_file(learned[0]))
+    whole, resumed = load_file(learned[0]), load_file(tmp_path / "d")
+    assert all(torch.equal(resumed[name], whole[name]) for name in whole)
     assert [path.name for path in tmp_path.iterdir()] == ["d"]
 
 
