@@ -104,6 +104,14 @@ def agreement(model, cache, prompt, sparse, dense):
             "kl": F.kl_div(q, p, log_target=True, reduction="none").sum(-1).mean().item()}
 
 
+def read_sparsity(text):
+    """A number, or "auto:20%" as a share."""
+    try:
+        return float(text[5:-1]) / 100 if text[:5] == "auto:" and text[-1] == "%" else int(text)
+    except ValueError:
+        raise InputError(f"--sparsity {text} is neither a number nor like auto:20%") from None
+
+
 def read_prompt(args):
     """The prompt's text, from --prompt, --prompt-file or standard input ("-")."""
     text = args.prompt
@@ -128,7 +136,8 @@ def parse_arguments():
     add("--prompt-file", help='a UTF-8 text file instead; "-": standard input')
     add("--model", default="tiny", help='a folder, a Hub id, or "tiny" (default)')
     add("--dictionary", help="default: the one known for the model")
-    add("--sparsity", type=int, default=8, help="coefficients a vector (default 8)")
+    add("--sparsity", default="8", help="coefficients a vector, or auto:20%% (default): "
+        "those that serve best when vectors take 20%% of their 16-bit size on average")
     add("--buffer", type=int, default=32, help="newest tokens kept dense (default 32)")
     add("--window", type=int, default=1, help="tokens coded at a time (default 1)")
     add("--beam", type=int, default=1, help="width of the search (default 1: plain OMP)")
@@ -165,6 +174,9 @@ def main():
     if not args.dense:
         path = args.dictionary or Dictionaries.find(args.model)
         dictionaries = Dictionaries.load(path, device).check(config)
+        sparsity = read_sparsity(args.sparsity)
+        if isinstance(sparsity, float):
+            sparsity = dictionaries.allocate(sparsity, args.coding)
     tokenizer = Tokenizer.from_pretrained(args.model)
     prompt = torch.tensor([tokenizer.encode(text)], device=device)
     if prompt.shape[1] > config.context:
@@ -176,7 +188,7 @@ def main():
     def new_cache(dense):
         if dense:
             return DenseCache(config, device=device, dtype=model.norm.weight.dtype)
-        return SparseCache(config, dictionaries, args.sparsity, args.buffer, args.window,
+        return SparseCache(config, dictionaries, sparsity, args.buffer, args.window,
                            beam=args.beam, coding=args.coding, dtype=torch.bfloat16)
 
     def run(dense, show=lambda record: None):

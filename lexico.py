@@ -33,6 +33,7 @@ from omp import omp, omp_beam, omp_levels, reconstruct
 
 KEYS, VALUES = 0, 1  # the first dimension of everything that exists for both
 FORMAT = "lexico-dictionaries-1"
+LADDER = (2, 4, 6, 9, 13, 19)  # sparsities that an allocation chooses from
 PIECE, ROWS = 8192, 16  # coded tokens, and queries, that attention takes at a time
 
 
@@ -60,6 +61,33 @@ class Dictionaries:
                                  f"{self.shape.get(name)}, not {wanted}; give --dictionary, or "
                                  "learn one for this model with train_dict.py")
         return self
+
+    def allocate(self, share, coding):
+        """Sparsity (2, L) of each dictionary, so that a vector takes `share` of its 16-bit bytes on
+        average and the model's output suffers least.
+
+        train_dict.py measured the divergence that each dictionary alone causes, at LADDER's
+        sparsities. Taken to add up, they say where the next bytes help most: spend them there.
+        """
+        if "divergence" not in self.metadata:
+            raise InputError("this dictionary holds no divergences to allocate sparsity by; give "
+                             "--sparsity a number, or learn it anew with train_dict.py")
+        harm = self.metadata["divergence"]  # (2, L, rungs)
+        size = [code_bytes(coding, s) for s in LADDER]
+        rung = {(kind, layer): 0 for kind in (KEYS, VALUES) for layer in range(len(harm[kind]))}
+        left = (share * 2 * self.atoms.shape[3] - size[0]) * len(rung)
+        if left < 0:
+            raise InputError(f"sparsity auto:{share:.0%} is less than the least, "
+                             f"{size[0] / (2 * self.atoms.shape[3]):.1%}")
+        while True:
+            gains = [((harm[k][l][i] - harm[k][l][i + 1]) / (size[i + 1] - size[i]), k, l)
+                     for (k, l), i in rung.items()
+                     if i + 1 < len(LADDER) and size[i + 1] - size[i] <= left]
+            if not gains:
+                return [[LADDER[rung[k, l]] for l in range(len(harm[k]))] for k in (KEYS, VALUES)]
+            _, k, l = max(gains)
+            left -= size[rung[k, l] + 1] - size[rung[k, l]]
+            rung[k, l] += 1
 
     def save(self, path):
         """Write one safetensors file, atoms in bfloat16; a reader never sees half a file."""
@@ -117,8 +145,13 @@ CODINGS = {  # the parts of a vector's code: numbers in it (0: s) and their type
     "float32": ((0, torch.int16), (0, torch.float32))}
 
 
+def code_bytes(coding, sparsity):
+    """Bytes of one coded vector."""
+    return sum((width or sparsity) * dtype.itemsize for width, dtype in CODINGS[coding])
+
+
 class Codes:
-    """Coded vectors (2, L, B, H, capacity), s coefficients each, row by row, in one of three forms.
+    """Coded vectors (n, B, H, capacity) of n dictionaries, s coefficients each, in one of 3 forms.
 
     fp8      the published one, 3 s bytes: s int16 indices, s coefficients in FP8 E4M3 (4 bits of
              exponent, 3 of mantissa) in units of the dictionary's scale. What is larger than
@@ -126,59 +159,54 @@ class Codes:
     word     2 s + 1 bytes: s words of 16 bits, the index in the high log2 N, in the rest a signed
              level, and a byte e. A coefficient is level x 2^(e/16 - 8) in units of the scale.
     float32  6 s bytes: coefficients as they are, to see sparsity alone.
+
+    D: (n, N, m) atoms. scale: (n,), what a coefficient of 1 stands for.
     """
 
-    def __init__(self, dictionaries, sparsity, batch, kv_heads, coding="fp8", beam=1, tol=None):
-        if coding not in CODINGS:
-            raise InputError(f"coding '{coding}' is unknown; there are {', '.join(CODINGS)}")
-        self.dictionaries, self.sparsity, self.coding = dictionaries, sparsity, coding
+    def __init__(self, D, scale, sparsity, batch, kv_heads, coding="fp8", beam=1, tol=None):
+        self.D, self.scale, self.sparsity, self.coding = D, scale, sparsity, coding
         self.beam, self.tol = beam, tol
-        self.bits = 16 - (dictionaries.n_atoms - 1).bit_length()  # for the level in a word
-        if coding == "word" and self.bits < 3:
-            raise InputError(f"coding word has no room for {dictionaries.n_atoms} atoms; use fp8")
-        lead = (2, dictionaries.atoms.shape[1], batch, kv_heads, 0)
-        self.parts = [torch.empty(*lead, width or sparsity, dtype=dtype, device=dictionaries.device)
-                      for width, dtype in CODINGS[coding]]
-        self.vector_bytes = sum(part.shape[-1] * part.itemsize for part in self.parts)
+        self.bits = 16 - (D.shape[1] - 1).bit_length() if coding == "word" else 0  # of a level
+        self.parts = [torch.empty(len(D), batch, kv_heads, 0, width or sparsity, dtype=dtype,
+                                  device=D.device) for width, dtype in CODINGS[coding]]
 
     def reserve(self, capacity):
         """Make room for `capacity` tokens in all."""
         for i, old in enumerate(self.parts):
-            if capacity > old.shape[4]:
-                self.parts[i] = old.new_empty(*old.shape[:4], capacity, old.shape[5])
-                self.parts[i][..., :old.shape[4], :] = old
+            if capacity > old.shape[3]:
+                self.parts[i] = old.new_empty(*old.shape[:3], capacity, old.shape[4])
+                self.parts[i][..., :old.shape[3], :] = old
 
-    def write(self, layers, start, x):
-        """Code vectors x (2, L or 1, B, H, T, m) of a slice of layers as tokens from `start` on."""
-        D = self.dictionaries.atoms[:, layers].flatten(0, 1)  # (2 L, N, m)
-        Y = x.flatten(0, 1).flatten(1, 3).to(D.dtype)  # (2 L, B H T, m)
-        Y = Y / self.dictionaries.scale[:, layers].reshape(-1, 1, 1)
+    def write(self, rows, positions, x):
+        """Code vectors x (n, B, H, T, m) of the dictionaries `rows` as tokens `positions` (T,)."""
+        D, Y = self.D[rows], x.flatten(1, 3).to(self.D.dtype)  # (n, N, m), (n, B H T, m)
+        Y = Y / self.scale[rows, None, None]
         if self.coding == "word":
             indices, level, e = omp_levels(D, Y, self.sparsity, self.bits, self.beam)
             word = indices << self.bits | level & (1 << self.bits) - 1
             parts = word - (word >= 1 << 15) * (1 << 16), e  # as signed 16 bits
         else:
             indices, z = (omp_beam(D, Y, self.sparsity, self.beam) if self.beam > 1 else
-                          omp(D, Y, self.sparsity, self.tol))  # (2 L, B H T, s)
+                          omp(D, Y, self.sparsity, self.tol))  # (n, B H T, s)
             parts = indices, z.clamp(-448, 448) if self.coding == "fp8" else z
         for stored, part in zip(self.parts, parts):
-            part = part.view(*x.shape[:-1], -1).to(stored.dtype)
-            stored[:, layers, :, :, start:start + x.shape[4]] = part
+            part = part.view(*x.shape[:4], -1).to(stored.dtype)
+            # As bytes, for not every operation knows FP8.
+            stored[rows].view(torch.uint8).index_copy_(3, positions, part.view(torch.uint8))
 
-    def read(self, kind, layer, start, end):
+    def read(self, row, start, end):
         """Indices int32 and coefficients float32, (B H, T, s), of tokens start .. end; coefficients
-        are in units of scale[kind, layer]."""
-        first, second = (part[kind, layer, :, :, start:end].flatten(0, 1) for part in self.parts)
+        are in units of scale[row]."""
+        first, second = (part[row, :, :, start:end].flatten(0, 1) for part in self.parts)
         if self.coding != "word":
             return first.int(), second.float()
         word = first.int()
         level = word << 32 - self.bits >> 32 - self.bits  # the low bits, with their sign
         return (word & 0xFFFF) >> self.bits, level * torch.exp2(second.float() / 16 - 8)
 
-    def nbytes(self, tokens=None):
-        """Bytes of so many tokens' codes (of all that is reserved, by default)."""
-        *lead, capacity, _ = self.parts[0].shape
-        return math.prod(lead) * (capacity if tokens is None else tokens) * self.vector_bytes
+    def nbytes(self, tokens):
+        """Bytes of so many tokens' codes."""
+        return math.prod(self.parts[0].shape[:3]) * tokens * code_bytes(self.coding, self.sparsity)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -217,6 +245,7 @@ class DenseCache:
         self.config, self.length = config, 0
         self.kv = torch.empty(2, config.n_layers, batch, config.kv_heads, capacity,
                               config.head_dim, device=device or best_device(), dtype=dtype)
+        self.position = torch.zeros((), dtype=torch.long, device=self.kv.device)
 
     def attend(self, layer, q, k, v):
         """Append k, v (B, H, T, m), attend with q (B, G H, T, m): the output, shaped as q."""
@@ -229,6 +258,7 @@ class DenseCache:
         self.kv[VALUES, layer, :, :, start:end] = v
         if layer == self.config.n_layers - 1:
             self.length = end
+            self.position += end - start
         keys, values = self.kv[:, layer, :, :, :end]
         mask = causal_lower_right(end - start, end) if start and end - start > 1 else None
         return F.scaled_dot_product_attention(q, keys.to(q.dtype), values.to(q.dtype), mask,
@@ -242,18 +272,19 @@ class DenseCache:
 class SparseCache:
     """Codes of all tokens but the newest, which wait dense in a ring.
 
-    dictionaries: learned for this model (train_dict.py). sparsity: coefficients a vector.
-    buffer: tokens always kept dense. window: tokens coded at a time once the buffer overflows.
-    batch: sequences, all of one length. capacity: tokens to reserve room for, where known.
-    beam: width of the search (1: plain OMP). tol: relative error at which a vector needs no more.
-    coding: how codes are stored (see Codes). dtype: of the buffer.
+    dictionaries: learned for this model (train_dict.py). sparsity: coefficients a vector, one
+    number or one for each dictionary (2, L). buffer: tokens always kept dense. window: tokens coded
+    at a time once the buffer overflows. batch: sequences, all of one length. capacity: tokens to
+    reserve room for, where known. beam: width of the search (1: plain OMP). tol: relative error at
+    which a vector needs no more. coding: how codes are stored (see Codes). dtype: of the buffer.
     """
 
     def __init__(self, config, dictionaries, sparsity=8, buffer=128, window=1, batch=1, capacity=0,
                  beam=1, tol=None, coding="fp8", dtype=None):
         dictionaries.check(config)
-        largest = min(config.head_dim, dictionaries.n_atoms)
-        if not 1 <= sparsity <= largest:
+        table = [[sparsity] * config.n_layers] * 2 if isinstance(sparsity, int) else sparsity
+        flat, largest = table[KEYS] + table[VALUES], min(config.head_dim, dictionaries.n_atoms)
+        if not 1 <= min(flat) <= max(flat) <= largest:
             raise InputError(f"sparsity {sparsity} is outside 1 .. {largest}: vectors have "
                              f"{config.head_dim} numbers, {dictionaries.n_atoms} atoms serve them")
         if tol is not None and (beam > 1 or coding == "word"):
@@ -261,41 +292,64 @@ class SparseCache:
         if buffer < 0 or window < 1 or beam < 1:
             raise InputError(f"buffer {buffer}, window {window} and beam {beam} must be at least "
                              "0, 1 and 1")
+        if coding not in CODINGS:
+            raise InputError(f"coding '{coding}' is unknown; there are {', '.join(CODINGS)}")
+        if coding == "word" and dictionaries.n_atoms > 2**13:
+            raise InputError(f"coding word has no room for {dictionaries.n_atoms} atoms; use fp8")
         self.config, self.dictionaries = config, dictionaries
         self.buffer, self.window = buffer, window
-        self.length = self.coded = 0  # tokens seen; the oldest of them, coded
-        atoms = dictionaries.atoms
-        self.codes = Codes(dictionaries, sparsity, batch, config.kv_heads, coding, beam, tol)
-        self.codes.reserve(max(0, capacity - buffer))
+        # Dictionaries of one sparsity are coded together: one group (all of them, as a rule).
+        atoms, scale = dictionaries.atoms.flatten(0, 1), dictionaries.scale.flatten()
+        self.groups, self.place = [], {}  # place: (kind, layer) -> its codes, and the row there
+        for s in sorted(set(flat)):
+            members = [i for i, of in enumerate(flat) if of == s]
+            rows = members if len(members) < len(flat) else slice(None)  # all: views, no copies
+            codes = Codes(atoms[rows], scale[rows], s, batch, config.kv_heads, coding, beam, tol)
+            codes.reserve(max(0, capacity - buffer))
+            self.groups.append((members, codes))
+            for row, i in enumerate(members):
+                self.place[divmod(i, config.n_layers)] = codes, row
         # Token t waits in slot t mod (buffer + window). Keys carry their position (they are kept
         # after RoPE), so attention does not mind the order.
         self.ring = torch.zeros(2, config.n_layers, batch, config.kv_heads, buffer + window,
                                 config.head_dim, device=atoms.device, dtype=dtype or atoms.dtype)
+        # Tokens seen, and the oldest of them, coded: for shapes, and on the device, where alone a
+        # recorded step finds them.
+        self.length = self.coded = 0
+        self.position, self.n_coded = torch.zeros(2, dtype=torch.long, device=atoms.device)
+        self.slots = torch.arange(buffer + window, device=atoms.device)
 
     def attend(self, layer, q, k, v):
         """Append k, v (B, H, T, m), attend with q (B, G H, T, m): the output, shaped as q."""
-        T = q.shape[2]
-        if layer == 0 and T == 1:
-            self.compress()
-        slots = self.ring.shape[4]
-        if T == 1:
-            self.ring[KEYS, layer, :, :, self.length % slots] = k[:, :, 0]
-            self.ring[VALUES, layer, :, :, self.length % slots] = v[:, :, 0]
-            waiting = self.length + 1 - self.coded
-            age = (self.length - torch.arange(slots, device=q.device)) % slots  # 0: the newest
-            out = self._attend(layer, q, *self.ring[:, layer], (age < waiting)[None])
-        else:
+        T, last = q.shape[2], layer == self.config.n_layers - 1
+        if T > 1:
             out = self._prefill(layer, q, k, v)
-        if layer == self.config.n_layers - 1:
-            self.length += T
-            if T > 1:
-                self.coded = max(self.coded, self.length - self.buffer)
+        else:
+            if layer == 0:
+                self.compress()
+                self.slot = self.position.view(1) % len(self.slots)
+                age = (self.position - self.slots) % len(self.slots)  # 0: the newest token
+                self.seen = age <= self.position - self.n_coded
+            ring = self.ring[:, layer]
+            ring[KEYS].index_copy_(2, self.slot, k.to(ring.dtype))
+            ring[VALUES].index_copy_(2, self.slot, v.to(ring.dtype))
+            out = self._attend(layer, q, *ring, self.seen[None])
+        if last:
+            coded = max(self.coded, self.length + T - self.buffer) if T > 1 else self.coded
+            self.advance(T, coded - self.coded)
         return out
+
+    def advance(self, tokens, coded):
+        """Count tokens that have come and tokens that were coded."""
+        self.position += tokens
+        self.n_coded += coded
+        self.length += tokens
+        self.coded += coded
 
     def _prefill(self, layer, q, k, v):
         """Attend with T > 1 queries, then code at once what does not stay in the buffer."""
-        slots, end = self.ring.shape[4], self.length + q.shape[2]
-        waiting = torch.arange(self.coded, self.length, device=q.device) % slots
+        end = self.length + q.shape[2]
+        waiting = torch.arange(self.coded, self.length, device=q.device) % len(self.slots)
         keys = torch.cat((self.ring[KEYS, layer][:, :, waiting].to(k.dtype), k), dim=2)
         values = torch.cat((self.ring[VALUES, layer][:, :, waiting].to(v.dtype), v), dim=2)
         if self.length == 0:
@@ -304,38 +358,43 @@ class SparseCache:
             position = torch.arange(self.length, end, device=q.device)[:, None]
             seen = torch.arange(self.coded, end, device=q.device) <= position  # (T, waiting + T)
             out = self._attend(layer, q, keys, values, seen)
-        kv, over = torch.stack((keys, values)), max(0, end - self.buffer - self.coded)
-        if over:
-            self.codes.reserve(self.coded + over)
-            layers = slice(layer, layer + 1)
-            self.codes.write(layers, self.coded, kv[:, None, :, :, :over])
-        rest = torch.arange(self.coded + over, end, device=q.device) % slots
-        self.ring[:, layer, :, :, rest] = kv[..., over:, :].to(self.ring.dtype)
+        over = max(0, end - self.buffer - self.coded)
+        positions = torch.arange(self.coded, end, device=q.device)
+        for kind, x in enumerate((keys, values)):
+            if over:
+                codes, row = self.place[kind, layer]
+                codes.reserve(self.coded + over)
+                codes.write(slice(row, row + 1), positions[:over], x[None, :, :, :over])
+            rest = positions[over:] % len(self.slots)
+            self.ring[kind, layer][:, :, rest] = x[:, :, over:].to(self.ring.dtype)
         return out
 
     def compress(self):
-        """Code what overflows the buffer, for all layers, keys and values in one call.
+        """Code what overflows the buffer, for all layers, keys and values together.
 
         Called by every decoding step that finds the buffer full. A caller that wants to time it,
         or to have it done while it waits, calls it between steps.
         """
         if self.length - self.coded < self.buffer + self.window:
             return
-        self.codes.reserve(self.coded + self.window)
-        slots = self.ring.shape[4]
-        oldest = torch.arange(self.coded, self.coded + self.window, device=self.ring.device) % slots
-        self.codes.write(slice(None), self.coded, self.ring[..., oldest, :])
-        self.coded += self.window
+        positions = self.n_coded + torch.arange(self.window, device=self.ring.device)
+        oldest = self.ring.index_select(4, positions % len(self.slots)).flatten(0, 1)
+        for members, codes in self.groups:
+            codes.reserve(self.coded + self.window)
+            x = oldest if len(members) == len(oldest) else oldest[members]
+            codes.write(slice(None), positions, x)  # (n, B, H, window, m)
+        self.advance(0, self.window)
 
     def round_trip(self, layer, x):
         """Vectors x (2, B, H, T, m) of a layer as their codes give them back: to look at. Attention
         never needs them. Overwrites what the cache holds."""
-        self.codes.reserve(x.shape[3])
-        self.codes.write(slice(layer, layer + 1), 0, x[:, None])
-        back = []
-        for kind, scale in enumerate(self.dictionaries.scale[:, layer]):
-            indices, z = self.codes.read(kind, layer, 0, x.shape[3])  # (B H, T, s)
-            D = self.dictionaries.atoms[kind, layer] * scale
+        T, back = x.shape[3], []
+        for kind in (KEYS, VALUES):
+            codes, row = self.place[kind, layer]
+            codes.reserve(T)
+            codes.write(slice(row, row + 1), torch.arange(T, device=x.device), x[kind, None])
+            indices, z = codes.read(row, 0, T)  # (B H, T, s)
+            D = codes.D[row] * codes.scale[row]
             back.append(reconstruct(D, indices.flatten(0, 1), z.flatten(0, 1)).view_as(x[kind]))
         return torch.stack(back)
 
@@ -346,16 +405,16 @@ class SparseCache:
         stays small, whatever the context.
         """
         (B, _, T, m), P, dtype = q.shape, keys.shape[0] * keys.shape[1], q.dtype
-        Dk, Dv = self.dictionaries.atoms[:, layer]  # (N, m)
-        key_scale, value_scale = self.dictionaries.scale[:, layer]
-        q = q.reshape(P, -1, T, m).to(Dk.dtype)  # (P, G, T, m)
-        keys, values = keys.flatten(0, 1).to(Dk.dtype), values.flatten(0, 1).to(Dk.dtype)
+        (key_codes, k), (value_codes, v) = self.place[KEYS, layer], self.place[VALUES, layer]
+        Dk, Dv = key_codes.D[k].float(), value_codes.D[v].float()  # (N, m)
+        q = q.reshape(P, -1, T, m).float()  # (P, G, T, m)
+        keys, values = keys.flatten(0, 1).float(), values.flatten(0, 1).float()
         pieces = [(start, min(start + PIECE, self.coded)) for start in range(0, self.coded, PIECE)]
         outs = []
         for rows, allowed in zip(q.split(ROWS, dim=2), seen.split(ROWS)):
             rows = rows.flatten(1, 2)  # (P, R, m)
             hidden = ~allowed.mT.repeat(1, rows.shape[1] // allowed.shape[0])  # (S, R)
-            scores = [scores_over_codes(rows * key_scale, Dk, *self.codes.read(KEYS, layer, *piece))
+            scores = [scores_over_codes(rows * key_codes.scale[k], Dk, *key_codes.read(k, *piece))
                       for piece in pieces]
             scores.append((keys @ rows.mT).masked_fill(hidden, -torch.inf))
             p = torch.softmax(torch.cat(scores, dim=1) / m**0.5, dim=1)  # (P, coded + S, R)
@@ -363,8 +422,8 @@ class SparseCache:
             if pieces:
                 w = p.new_zeros(P, Dv.shape[0], rows.shape[1])  # (P, N, R)
                 for start, end in pieces:
-                    add_over_codes(w, p[:, start:end], *self.codes.read(VALUES, layer, start, end))
-                out += (w.mT @ Dv) * value_scale
+                    add_over_codes(w, p[:, start:end], *value_codes.read(v, start, end))
+                out += (w.mT @ Dv) * value_codes.scale[v]
             outs.append(out.unflatten(1, (-1, allowed.shape[0])))  # (P, G, T, m)
         return torch.cat(outs, dim=2).reshape(B, -1, T, m).to(dtype)
 
@@ -372,12 +431,14 @@ class SparseCache:
         """Bytes in use by codes, by the buffer and in total, of the dictionaries (which are there
         once, whatever context and batch), allocated in all, and of a dense 16-bit cache."""
         waiting = self.ring[..., :self.length - self.coded, :].numel()
-        codes, buffer = self.codes.nbytes(self.coded), waiting * self.ring.itemsize
-        dictionaries = self.dictionaries.atoms.nbytes + self.dictionaries.scale.nbytes
-        dense = 2 * self.length * self.ring[..., 0, :].numel()
-        return {"codes": codes, "buffer": buffer, "total": codes + buffer, "dense": dense,
+        codes = sum(codes.nbytes(self.coded) for _, codes in self.groups)
+        buffer = waiting * self.ring.itemsize
+        dictionaries = sum(codes.D.nbytes + codes.scale.nbytes for _, codes in self.groups)
+        reserved = sum(part.nbytes for _, codes in self.groups for part in codes.parts)
+        return {"codes": codes, "buffer": buffer, "total": codes + buffer,
+                "dense": 2 * self.length * self.ring[..., 0, :].numel(),
                 "dictionaries": dictionaries,
-                "allocated": self.codes.nbytes() + self.ring.nbytes + dictionaries}
+                "allocated": reserved + self.ring.nbytes + dictionaries}
 
 
 if __name__ == "__main__":  # what sparsity saves and what it costs, decoding a text
@@ -398,7 +459,7 @@ if __name__ == "__main__":  # what sparsity saves and what it costs, decoding a 
         if name != "dense":
             coding, sparsity = name.split()
             cache = SparseCache(model.config, dictionaries, int(sparsity), 32, coding=coding)
-            nbytes = cache.codes.vector_bytes
+            nbytes = code_bytes(coding, int(sparsity))
         with torch.inference_mode():
             logits, start = [model(tokens[:, :384], cache)[:, -1]], time.perf_counter()
             logits += [model(token, cache)[:, -1] for token in tokens[:, 384:].split(1, dim=1)]

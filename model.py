@@ -11,8 +11,9 @@ without a mapping.
 
 Nothing here knows how keys and values are stored. Each layer hands its q, k, v to
 `cache.attend(layer, q, k, v)` and gets the attention's output back; without a cache it attends
-causally within the tokens it was given. A cache has a `length` (tokens seen so far), and any number
-of tokens may come at any time: a prompt, a chunk, one token.
+causally within the tokens it was given. A cache has a `position`, the number of tokens seen so far
+(a tensor, so that a recorded step can be replayed at any position), and any number of tokens may
+come at any time: a prompt, a chunk, one token.
 
 `python model.py` loads the embedded model and continues a sentence.
 """
@@ -229,7 +230,7 @@ class Llama(nn.Module):
         The tokens follow those already in the cache, and are appended to it.
         """
         x = self.embed_tokens(tokens)  # (B, T, dim)
-        start = 0 if cache is None else cache.length
+        start = 0 if cache is None else cache.position
         positions = start + torch.arange(tokens.shape[1], device=x.device)  # (T,)
         # Not a buffer: the frequencies stay float32 in a bf16 model.
         self._frequencies = self._frequencies.to(x.device)  # (m / 2,)

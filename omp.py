@@ -272,7 +272,7 @@ if __name__ == "__main__":  # the paper's comparison of coders, beam search adde
     class Record:
         """A cache that keeps one layer's vectors and lets attention pass."""
 
-        length, kv = 0, {}
+        position, kv = 0, {}
 
         def attend(self, layer, q, k, v):
             self.kv[layer] = {"keys": k.flatten(0, 2), "values": v.flatten(0, 2)}

@@ -26,9 +26,9 @@ import torch.nn.functional as F
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from lexico import Dictionaries, default_path
+from lexico import LADDER, Dictionaries, default_path
 from model import Config, InputError, Llama, Tokenizer, best_device, run_program
-from omp import omp, relative_error
+from omp import omp, reconstruct, relative_error
 
 HELD_OUT = 0.05  # the last part of every file, never learned from
 
@@ -36,7 +36,7 @@ HELD_OUT = 0.05  # the last part of every file, never learned from
 class Recorder:
     """A cache that keeps nothing but what passes: keys and values (2, L, B, H, T, m)."""
 
-    length = 0
+    position = 0
 
     def __init__(self):
         self.kv = []
@@ -44,6 +44,35 @@ class Recorder:
     def attend(self, layer, q, k, v):
         self.kv.append(torch.stack((k, v)))
         return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+
+
+class Probe:
+    """A cache in which one dictionary codes what passes, and all else stays as it is."""
+
+    position = 0
+
+    def __init__(self, D, kind, layer, sparsity):
+        self.D, self.kind, self.layer, self.sparsity = D, kind, layer, sparsity
+
+    def attend(self, layer, q, k, v):
+        kv = [k, v]
+        if layer == self.layer:
+            x = kv[self.kind]
+            codes = omp(self.D, x.flatten(0, 2), self.sparsity)
+            kv[self.kind] = reconstruct(self.D, *codes).view_as(x).to(x.dtype)
+        return F.scaled_dot_product_attention(q, *kv, is_causal=True, enable_gqa=True)
+
+
+@torch.inference_mode()
+def divergence(model, atoms, rows):
+    """Mean KL(full || coded) of the next token over rows (B, T), in nats, when one dictionary of
+    atoms (2, L, N, m) codes and all others do not: (2, L, rungs of LADDER)."""
+    def predict(cache):
+        return model(rows, cache).float().log_softmax(dim=-1)
+    p = predict(None)
+    return [[[F.kl_div(predict(Probe(D, kind, layer, s)), p, log_target=True, reduction="none")
+              .sum(-1).mean().item() for s in LADDER]
+             for layer, D in enumerate(layers)] for kind, layers in enumerate(atoms)]
 
 
 @torch.inference_mode()
@@ -155,7 +184,7 @@ class Learner:
 
 
 def learn(args, model, tokenizer, settings):
-    """Learn as args say: the Learner and the held-out errors (2 L,) at its end."""
+    """Learn as args say: the Learner, its held-out errors (2 L,), and the divergence table."""
     device, row_length = model.norm.weight.device, min(model.config.context, 1024)
     text, count = Text(args.text, tokenizer, row_length), max(1, args.batch // row_length)
 
@@ -185,7 +214,10 @@ def learn(args, model, tokenizer, settings):
             print(f"[{bar:30}] {step}/{steps}  held-out error keys {keys:.3f} values {values:.3f}  "
                   f"{replaced} atoms replaced  {left:.0f} s left", flush=True)
             shown = now
-    return learner, learner.errors(held_out)
+    # How much each dictionary matters, on text that was learned from.
+    atoms = learner.state["D"].view(2, model.config.n_layers, args.atoms, -1)
+    harm = divergence(model, atoms, text.rows(2, steps).to(device))
+    return learner, learner.errors(held_out), harm
 
 
 def save_checkpoint(path, learner, settings, step):
@@ -251,14 +283,14 @@ def main():
     dtype = torch.float32 if device.type == "cpu" else None
     model = Llama.from_pretrained(args.model, device, dtype)
     began = time.time()
-    learner, errors = learn(args, model, Tokenizer.from_pretrained(args.model), settings)
+    learner, errors, harm = learn(args, model, Tokenizer.from_pretrained(args.model), settings)
     keys, values = errors.view(2, -1).tolist()
     # Stored coefficients get head room: the largest one met becomes 64 of FP8's 448.
     scale = (learner.state["largest"] / 64).clamp(min=1e-8).view(2, -1).cpu()
     atoms = learner.state["D"].view(2, -1, args.atoms, config.head_dim).cpu()
     names = [Path(path).name for path in args.text]
     Dictionaries(atoms, scale, config, model=str(args.model), sparsity=args.sparsity, text=names,
-                 tokens=args.tokens, key_errors=keys, value_errors=values).save(args.out)
+                 tokens=args.tokens, key_errors=keys, value_errors=values, divergence=harm).save(args.out)
     Path(f"{args.out}.checkpoint").unlink(missing_ok=True)
     print("\nrelative error on held-out text\nlayer   keys  values")
     for layer, errors in enumerate(zip(keys, values)):

@@ -27,7 +27,7 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tiny")]
 
-from lexico import Dictionaries, SparseCache  # noqa: E402
+from lexico import Dictionaries, SparseCache, code_bytes  # noqa: E402
 from model import Llama, Tokenizer, best_device, run_program  # noqa: E402
 
 
@@ -40,7 +40,7 @@ class Simulated:
     buffer: newest tokens that stay as they are. start: the first query that finds anything coded.
     """
 
-    length = 0
+    position = 0
 
     def __init__(self, compress=None, buffer=32, start=0):
         self.compress, self.buffer, self.start = compress, buffer, start
@@ -129,7 +129,7 @@ def methods(config, dictionaries, buffer=32):
     for d in dictionaries:
         for coding in ("fp8", "word"):
             for s in (2, 4, 6, 8, 11, 12, 15):
-                share = SparseCache(config, d, s, coding=coding).codes.vector_bytes / (2 * m)
+                share = code_bytes(coding, s) / (2 * m)
                 codec = lexico(config, d, s, coding=coding)
                 table[f"Lexico {coding} N={d.n_atoms} s={s}"] = share, lambda start, c=codec: (
                     Simulated(c, buffer))

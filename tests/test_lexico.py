@@ -54,7 +54,8 @@ def test_attention_over_codes_equals_attention_over_the_reconstructed_keys_and_v
     cache.compress()
     q, new, dense = torch.randn(2, 6, 1, 16), torch.randn(2, 2, 2, 1, 16), []
     for kind in (KEYS, VALUES):  # the codes' vectors, then the ring's, then new
-        indices, units = cache.codes.read(kind, 0, 0, cache.coded)
+        (codes, row) = cache.place[kind, 0]
+        indices, units = codes.read(row, 0, cache.coded)
         old = reconstruct(d.atoms[kind, 0], indices.long(), units * d.scale[kind, 0])
         ring = cache.ring[kind, 0][:, :, torch.arange(cache.coded, cache.length) % 9]
         dense.append(torch.cat((old.view(2, 2, -1, 16), ring, new[kind]), dim=2))
@@ -79,17 +80,19 @@ def test_memory_is_three_bytes_a_coefficient_and_counted_to_the_byte():
     assert counted["codes"] == 3 * 5 * vectors * cache.coded
     assert counted["buffer"] == (70 - cache.coded) * vectors * CONFIG.head_dim * 4
     assert counted["dense"] == 70 * vectors * CONFIG.head_dim * 2
-    tensors = (*cache.codes.parts, cache.ring, d.atoms, d.scale)
+    [(_, codes)] = cache.groups
+    tensors = (*codes.parts, cache.ring, d.atoms, d.scale)
     assert counted["allocated"] == sum(t.untyped_storage().nbytes() for t in tensors)
-    assert cache.codes.parts[0].shape[4] == 72  # what was reserved did not have to grow
+    assert codes.parts[0].shape[3] == 72  # what was reserved did not have to grow
 
 
 def test_decoding_codes_all_layers_keys_and_values_in_one_call(monkeypatch):
     calls, real = [], lexico.omp
     monkeypatch.setattr(lexico, "omp", lambda D, Y, *a: (calls.append(Y.shape), real(D, Y, *a))[1])
     run(sparse(2, buffer=4, window=3), [10, *[1] * 9])
-    prompt, decoding = [(2, 2 * 6, 16)] * CONFIG.n_layers, [(2 * CONFIG.n_layers, 2 * 3, 16)] * 2
-    assert calls == prompt + decoding  # a layer at a time, then all at once, every third token
+    n = 2 * CONFIG.n_layers
+    prompt, decoding = [(1, 2 * 6, 16)] * n, [(n, 2 * 3, 16)] * 2
+    assert calls == prompt + decoding  # one at a time, then all at once, every third token
 
 
 class Largest(TorchDispatchMode):
@@ -120,7 +123,8 @@ def test_decoding_never_makes_a_dense_key_value_or_token_by_atom_matrix(monkeypa
 def test_scales_bring_large_and_small_vectors_into_fp8(size):
     cache, x = sparse(8, 0, dictionaries(scale=size / 64)), size * torch.randn(2, 1, 2, 50, 16)
     assert (cache.round_trip(0, x) - x).norm() < 0.4 * x.norm()
-    assert (cache.codes.read(VALUES, 0, 0, 50)[1] != 0).float().mean() > 0.99
+    codes, row = cache.place[VALUES, 0]
+    assert (codes.read(row, 0, 50)[1] != 0).float().mean() > 0.99
 
 
 def test_coefficients_beyond_fp8_become_its_largest_number_not_nan():
@@ -134,7 +138,7 @@ def test_coefficients_beyond_fp8_become_its_largest_number_not_nan():
 def test_words_take_two_bytes_a_coefficient_and_one_a_vector_and_round_trip_as_well_as_fp8():
     def error(coding, N, sizes={"fp8": 12, "word": 9, "float32": 24}):
         cache = sparse(4, 0, dictionaries(N), coding=coding)
-        assert cache.codes.vector_bytes == sizes[coding]
+        assert lexico.code_bytes(coding, 4) == sizes[coding]
         return (cache.round_trip(1, x) - x).norm()
 
     x = torch.randn(2, 1, 2, 200, 16)
@@ -160,7 +164,7 @@ def test_beam_search_and_tolerance_reach_the_cache():
     for options in ({}, {"beam": 4}, {"tol": 0.9}):
         cache = sparse(4, 0, coding="float32", **options)
         errors.append((cache.round_trip(0, x) - x).norm())
-        used = (cache.codes.read(KEYS, 0, 0, 50)[1] != 0).sum(-1)
+        used = (cache.place[KEYS, 0][0].read(0, 0, 50)[1] != 0).sum(-1)
         assert (used.min() < 4) == ("tol" in options)
     assert errors[1] < errors[0]
 
