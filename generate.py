@@ -136,7 +136,7 @@ def parse_arguments():
     add("--prompt-file", help='a UTF-8 text file instead; "-": standard input')
     add("--model", default="tiny", help='a folder, a Hub id, or "tiny" (default)')
     add("--dictionary", help="default: the one known for the model")
-    add("--sparsity", default="8", help="coefficients a vector, or auto:20%% (default): "
+    add("--sparsity", default="auto:20%", help="coefficients a vector, or auto:20%% (default): "
         "those that serve best when vectors take 20%% of their 16-bit size on average")
     add("--buffer", type=int, default=32, help="newest tokens kept dense (default 32)")
     add("--window", type=int, default=1, help="tokens coded at a time (default 1)")

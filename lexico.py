@@ -22,6 +22,7 @@ import math
 import os
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
@@ -33,7 +34,6 @@ from omp import omp, omp_beam, omp_levels, reconstruct
 
 KEYS, VALUES = 0, 1  # the first dimension of everything that exists for both
 FORMAT = "lexico-dictionaries-1"
-LADDER = (2, 4, 6, 9, 13, 19)  # sparsities that an allocation chooses from
 PIECE, ROWS = 8192, 16  # coded tokens, and queries, that attention takes at a time
 
 
@@ -66,28 +66,36 @@ class Dictionaries:
         """Sparsity (2, L) of each dictionary, so that a vector takes `share` of its 16-bit bytes on
         average and the model's output suffers least.
 
-        train_dict.py measured the divergence that each dictionary alone causes, at LADDER's
-        sparsities. Taken to add up, they say where the next bytes help most: spend them there.
+        train_dict.py measured the divergence that each dictionary alone causes, at two
+        sparsities. It falls about exponentially as they grow, and the divergences of several
+        dictionaries about add up: so spend bytes, rung by rung, where they help most. There are
+        few rungs, for dictionaries of equal sparsity are coded at once.
         """
         if "divergence" not in self.metadata:
             raise InputError("this dictionary holds no divergences to allocate sparsity by; give "
                              "--sparsity a number, or learn it anew with train_dict.py")
-        harm = self.metadata["divergence"]  # (2, L, rungs)
-        size = [code_bytes(coding, s) for s in LADDER]
-        rung = {(kind, layer): 0 for kind in (KEYS, VALUES) for layer in range(len(harm[kind]))}
-        left = (share * 2 * self.atoms.shape[3] - size[0]) * len(rung)
+        m, (low, high) = self.atoms.shape[3], self.metadata["divergence"]["sparsity"]
+        kl = np.log(np.maximum(self.metadata["divergence"]["kl"], 1e-9))  # (2, L, 2)
+        slope = (kl[..., 1] - kl[..., 0]) / (high - low)
+        rungs = sorted({-(-m * i // 64) for i in (2, 3, 4, 6, 8, 11, 15, 20, 26)})
+        size = [code_bytes(coding, s) for s in rungs]
+        harm = {place: np.exp(kl[place][0] + slope[place] * (np.array(rungs) - low))
+                for place in np.ndindex(slope.shape)}
+        rung = dict.fromkeys(harm, 0)
+        left = (2 * m * share - size[0]) * len(rung)
         if left < 0:
-            raise InputError(f"sparsity auto:{share:.0%} is less than the least, "
-                             f"{size[0] / (2 * self.atoms.shape[3]):.1%}")
+            raise InputError(f"--sparsity auto:{share:.0%} is less than the least possible, "
+                             f"{size[0] / (2 * m):.1%}")
         while True:
-            gains = [((harm[k][l][i] - harm[k][l][i + 1]) / (size[i + 1] - size[i]), k, l)
-                     for (k, l), i in rung.items()
-                     if i + 1 < len(LADDER) and size[i + 1] - size[i] <= left]
+            gains = [((harm[place][i] - harm[place][i + 1]) / (size[i + 1] - size[i]), place)
+                     for place, i in rung.items()
+                     if i + 1 < len(rungs) and size[i + 1] - size[i] <= left]
             if not gains:
-                return [[LADDER[rung[k, l]] for l in range(len(harm[k]))] for k in (KEYS, VALUES)]
-            _, k, l = max(gains)
-            left -= size[rung[k, l] + 1] - size[rung[k, l]]
-            rung[k, l] += 1
+                table = np.array([rungs[i] for i in rung.values()]).reshape(slope.shape)
+                return table.tolist()
+            place = max(gains)[1]
+            left -= size[rung[place] + 1] - size[rung[place]]
+            rung[place] += 1
 
     def save(self, path):
         """Write one safetensors file, atoms in bfloat16; a reader never sees half a file."""

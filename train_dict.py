@@ -26,7 +26,7 @@ import torch.nn.functional as F
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from lexico import LADDER, Dictionaries, default_path
+from lexico import KEYS, VALUES, Dictionaries, default_path
 from model import Config, InputError, Llama, Tokenizer, best_device, run_program
 from omp import omp, reconstruct, relative_error
 
@@ -46,33 +46,64 @@ class Recorder:
         return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
 
 
-class Probe:
-    """A cache in which one dictionary codes what passes, and all else stays as it is."""
+class Simulated:
+    """A cache for whole texts that attends as decoding would: every query finds what is older than
+    the buffer as compression left it. compress(layer, q, k, v) gives
+
+        group (tokens that are coded together), k and v as decoded, and kept (..., T), what eviction
+        leaves of the tokens, or None for all,
+
+    or None where nothing is compressed. Layers see what the layers below made of their input, so
+    errors compound. buffer: newest tokens that stay as they are. start: the first query that finds
+    anything coded.
+    """
 
     position = 0
 
-    def __init__(self, D, kind, layer, sparsity):
-        self.D, self.kind, self.layer, self.sparsity = D, kind, layer, sparsity
+    def __init__(self, compress=None, buffer=32, start=0):
+        self.compress, self.buffer, self.start = compress, buffer, start
 
     def attend(self, layer, q, k, v):
-        kv = [k, v]
-        if layer == self.layer:
-            x = kv[self.kind]
-            codes = omp(self.D, x.flatten(0, 2), self.sparsity)
-            kv[self.kind] = reconstruct(self.D, *codes).view_as(x).to(x.dtype)
-        return F.scaled_dot_product_attention(q, *kv, is_causal=True, enable_gqa=True)
+        B, heads, T, m = q.shape
+        q, k, v = q.view(B, k.shape[1], -1, T, m), k[:, :, None], v[:, :, None]  # (B, H, G, T, m)
+        compressed = self.compress and self.compress(layer, q, k, v)
+        t = torch.arange(T, device=q.device)
+        scores, unseen = q @ k.mT, t > t[:, None]  # (B, H, G, T, T)
+        if not compressed:
+            p = (scores / m**0.5).masked_fill(unseen, -torch.inf).softmax(-1)
+            return (p @ v).view(B, heads, T, m)
+        group, k_hat, v_hat, kept = compressed
+        leaves = (t // group + 1) * group - 1 + self.buffer  # a group leaves the buffer as a whole
+        old = (t[:, None] >= leaves) & (t[:, None] >= self.start)  # (T, T)
+        scores = torch.where(old, q @ k_hat.mT, scores) / m**0.5
+        if kept is not None:
+            unseen = unseen | old & ~kept
+        p = scores.masked_fill(unseen, -torch.inf).softmax(-1)
+        return ((p * ~old) @ v + (p * old) @ v_hat).view(B, heads, T, m)
 
 
 @torch.inference_mode()
 def divergence(model, atoms, rows):
-    """Mean KL(full || coded) of the next token over rows (B, T), in nats, when one dictionary of
-    atoms (2, L, N, m) codes and all others do not: (2, L, rungs of LADDER)."""
-    def predict(cache):
-        return model(rows, cache).float().log_softmax(dim=-1)
-    p = predict(None)
-    return [[[F.kl_div(predict(Probe(D, kind, layer, s)), p, log_target=True, reduction="none")
-              .sum(-1).mean().item() for s in LADDER]
-             for layer, D in enumerate(layers)] for kind, layers in enumerate(atoms)]
+    """What each dictionary alone costs: mean KL(full || coded) of the next token, in nats, over
+    rows (R, T) when one of atoms (2, L, N, m) codes and nothing else does. A dict of the
+    sparsities tried and of the divergences, (2, L, tried)."""
+    tried = [-(-atoms.shape[3] * i // 64) for i in (4, 15)]
+    full = [model(row[None], Simulated()).float().log_softmax(dim=-1) for row in rows]
+
+    def harm(kind, layer, s):
+        def compress(at, q, k, v):
+            if at != layer:
+                return None
+            D, kv = atoms[kind, layer], [k, v]
+            x = kv[kind]
+            kv[kind] = reconstruct(D, *omp(D, x.flatten(0, 3), s)).view_as(x).to(x.dtype)
+            return 1, *kv, None
+        q = [model(row[None], Simulated(compress)).float().log_softmax(dim=-1) for row in rows]
+        return sum(F.kl_div(*pair, log_target=True, reduction="sum").item()
+                   for pair in zip(q, full)) / rows.numel()
+
+    return {"sparsity": tried, "kl": [[[harm(kind, layer, s) for s in tried] for layer in
+                                       range(atoms.shape[1])] for kind in (KEYS, VALUES)]}
 
 
 @torch.inference_mode()
@@ -216,7 +247,7 @@ def learn(args, model, tokenizer, settings):
             shown = now
     # How much each dictionary matters, on text that was learned from.
     atoms = learner.state["D"].view(2, model.config.n_layers, args.atoms, -1)
-    harm = divergence(model, atoms, text.rows(2, steps).to(device))
+    harm = divergence(model, atoms, text.rows(2, 1)[:, :512].to(device))
     return learner, learner.errors(held_out), harm
 
 
@@ -290,7 +321,8 @@ def main():
     atoms = learner.state["D"].view(2, -1, args.atoms, config.head_dim).cpu()
     names = [Path(path).name for path in args.text]
     Dictionaries(atoms, scale, config, model=str(args.model), sparsity=args.sparsity, text=names,
-                 tokens=args.tokens, key_errors=keys, value_errors=values, divergence=harm).save(args.out)
+                 tokens=args.tokens, key_errors=keys, value_errors=values,
+                 divergence=harm).save(args.out)
     Path(f"{args.out}.checkpoint").unlink(missing_ok=True)
     print("\nrelative error on held-out text\nlayer   keys  values")
     for layer, errors in enumerate(zip(keys, values)):

@@ -14,14 +14,16 @@ Memory is the bytes of a compressed vector over 2 m, those of 16-bit numbers. Th
 simulations: KIVI (Liu et al. 2024, arXiv 2402.02750), per-token quantisation, SnapKV (Li et al.
 2024, arXiv 2404.14469).
 
-    python tests/quality.py --dictionary tiny/dictionary.safetensors --rows 3 --facts 24
+    python tests/quality.py --rows 3 --facts 24 --only "KIVI|auto" --figure quality.png
 """
 
 import argparse
 import random
+import re
 import sys
 from pathlib import Path
 
+import numpy as np
 import torch
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -29,38 +31,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tiny")]
 
 from lexico import Dictionaries, SparseCache, code_bytes  # noqa: E402
 from model import Llama, Tokenizer, best_device, run_program  # noqa: E402
-
-
-class Simulated:
-    """A cache for one whole text. compress(layer, q, k, v) gives what decoding would read:
-
-        group (tokens that are coded together), k and v as decoded, and kept (..., T), what eviction
-        leaves of the tokens, or None for all.
-
-    buffer: newest tokens that stay as they are. start: the first query that finds anything coded.
-    """
-
-    position = 0
-
-    def __init__(self, compress=None, buffer=32, start=0):
-        self.compress, self.buffer, self.start = compress, buffer, start
-
-    def attend(self, layer, q, k, v):
-        B, heads, T, m = q.shape
-        q, k, v = q.view(B, k.shape[1], -1, T, m), k[:, :, None], v[:, :, None]  # (B, H, G, T, m)
-        t = torch.arange(T, device=q.device)
-        scores, unseen = q @ k.mT, t > t[:, None]  # (B, H, G, T, T)
-        if self.compress is None:
-            p = (scores / m**0.5).masked_fill(unseen, -torch.inf).softmax(-1)
-            return (p @ v).view(B, heads, T, m)
-        group, k_hat, v_hat, kept = self.compress(layer, q, k, v)
-        leaves = (t // group + 1) * group - 1 + self.buffer  # a group leaves the buffer as a whole
-        old = (t[:, None] >= leaves) & (t[:, None] >= self.start)  # (T, T)
-        scores = torch.where(old, q @ k_hat.mT, scores) / m**0.5
-        if kept is not None:
-            unseen = unseen | old & ~kept
-        p = scores.masked_fill(unseen, -torch.inf).softmax(-1)
-        return ((p * ~old) @ v + (p * old) @ v_hat).view(B, heads, T, m)
+from train_dict import Simulated  # noqa: E402
 
 
 # --------------------------------------------------------------------------------------------------
@@ -127,12 +98,16 @@ def methods(config, dictionaries, buffer=32):
         table[f"SnapKV {share:.0%}"] = share, lambda start, r=share: Simulated(
             snapkv(r, start), buffer, start)
     for d in dictionaries:
-        for coding in ("fp8", "word"):
-            for s in (2, 4, 6, 8, 11, 12, 15):
-                share = code_bytes(coding, s) / (2 * m)
-                codec = lexico(config, d, s, coding=coding)
-                table[f"Lexico {coding} N={d.n_atoms} s={s}"] = share, lambda start, c=codec: (
-                    Simulated(c, buffer))
+        rows = [(f"{coding} N={d.n_atoms} s={s}", s, {"coding": coding})
+                for coding in ("fp8", "word") for s in (2, 4, 6, 8, 11, 15)]
+        rows += [(f"word N={d.n_atoms} beam {W} s={s}", s, {"coding": "word", "beam": W})
+                 for W in (2, 4) for s in (4, 8)]
+        rows += [(f"word N={d.n_atoms} auto:{share:.0%}", d.allocate(share, "word"),
+                  {"coding": "word"}) for share in (0.06, 0.09, 0.12, 0.15, 0.18, 0.2, 0.25)]
+        for name, s, options in rows:
+            size = np.mean([code_bytes(options["coding"], s) for s in np.ravel(s)])
+            codec = lexico(config, d, s, **options)
+            table[f"Lexico {name}"] = size / (2 * m), lambda start, c=codec: Simulated(c, buffer)
     return table
 
 
@@ -178,7 +153,24 @@ class Judge:
         compressed without knowing the question."""
         right = [torch.equal(self.model(row, make(question)).argmax(-1)[:, answer - 1:-1],
                              row[:, answer:]) for row, question, answer in self.facts]
-        return sum(right) / len(right) if right else float("nan")
+        return sum(right) / len(right)
+
+
+def draw(points, path):
+    """Memory against KL, a line for each kind of method, from (name, memory, KL)."""
+    import matplotlib.pyplot as plt
+    kinds, (figure, axes) = {}, plt.subplots(figsize=(8, 5))
+    for name, memory, kl in points[1:]:  # the first is the full cache
+        kinds.setdefault(re.sub(r"[ :](s=)?\d+( bit|%)?$", "", name), []).append((memory, kl))
+    for kind, line in kinds.items():
+        style = {"Lexico fp8": "s--", "Lexico word": "o-"}.get(kind[:11].strip(), "^:")
+        axes.plot(*zip(*sorted(line)), style, label=kind)
+    axes.set(yscale="log", xlim=(0, 0.36), xlabel="bytes of a vector, as a share of 16 bit",
+             ylabel="KL(full || compressed) per token, nats")
+    axes.xaxis.set_major_formatter("{x:.0%}")
+    axes.grid(alpha=0.3)
+    axes.legend()
+    figure.savefig(path, dpi=120, bbox_inches="tight")
 
 
 def main():
@@ -188,6 +180,8 @@ def main():
     parser.add_argument("--text", default=str(ROOT / "tiny" / "held-out.txt"))
     parser.add_argument("--rows", type=int, default=8)
     parser.add_argument("--facts", type=int, default=100, help="0: no recall")
+    parser.add_argument("--only", default="", metavar="REGEX", help="methods with this in the name")
+    parser.add_argument("--figure", metavar="FILE", help="draw memory against KL (matplotlib)")
     args = parser.parse_args()
     device = best_device()
     model = Llama.from_pretrained(args.model, device, torch.float32)
@@ -195,11 +189,18 @@ def main():
     loaded = [Dictionaries.load(path, device).check(model.config) for path in paths]
     text = Path(args.text).read_text(encoding="utf-8")
     judge = Judge(model, Tokenizer.from_pretrained(args.model), text, args.rows, facts=args.facts)
-    print(f"{'method':26} memory      KL   top-1     ppl  recall")
+    print(f"{'method':30} memory      KL   top-1      ppl" + "  recall" * (args.facts > 0))
+    points = []
     for name, (memory, make) in methods(model.config, loaded).items():
-        row = {**judge.fidelity(make), "recall": judge.recall(make)}
-        print(f"{name:26} {memory:6.1%}  {row['kl']:.4f}  {row['top1']:6.1%}  {row['ppl']:6.3f}  "
-              f"{row['recall']:6.1%}", flush=True)
+        if not re.search(args.only, name):
+            continue
+        row = judge.fidelity(make)
+        recall = f"  {judge.recall(make):6.1%}" if args.facts else ""
+        print(f"{name:30} {memory:6.1%}  {row['kl']:.4f}  {row['top1']:6.1%}  {row['ppl']:7.3f}"
+              + recall, flush=True)
+        points.append((name, memory, row["kl"]))
+    if args.figure:
+        draw(points, args.figure)
 
 
 if __name__ == "__main__":
