@@ -27,10 +27,9 @@ SETTINGS = dict(text="stories", data=".data", out="tiny", steps=4810, batch=48, 
 VOCAB, BOS, EOS = 4096, 0, 1
 ROW = 2049  # a training row: 2048 inputs and, one later, their 2048 targets
 SHARES = dict(modern=11, tales=15, classics=27, novels=34, recall=13)  # of a batch, in percent
-GROUPS = {
-    "modern": "tinystories african_storybook pratham_storyweaver aesop_loc",
-    "tales": "fairytaleqa folk_fairy_tales_pg nltk_gutenberg",
-    "classics": "classic_books_kids", "novels": "clic_chilit english_novels_easy"}
+GROUPS = {"modern": "tinystories african_storybook pratham_storyweaver aesop_loc",
+          "tales": "fairytaleqa folk_fairy_tales_pg nltk_gutenberg",
+          "classics": "classic_books_kids", "novels": "clic_chilit english_novels_easy"}
 # The worse copy of a book that is there twice, scholarship about stories, language not to learn.
 SKIP = re.compile("smallGPT|Treasury|Stevenson_Treas|Captains_1896|princess.txt|Aladdin|pg17208|"
                   "jemima|bunny|flopsy|mice|rabbit|pg34206|pg22373|chesterton|edgeworth|Ford|Troop")
