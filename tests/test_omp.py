@@ -57,6 +57,7 @@ def test_an_atom_is_never_chosen_twice_and_odd_input_stays_finite(coder):
         assert coefficients.isfinite().all() and (coefficients[:2] == 0).all()
         assert (indices.sort(-1).values.diff(dim=-1) > 0).all()
         assert (relative_error(D, Y, indices, coefficients) < 1 + 1e-5).all()
+        assert ((coefficients != 0).sum(-1) <= torch.linalg.matrix_rank(D)).all()  # no idle ones
 
 
 def test_error_never_rises_with_sparsity_and_tolerance_stops_as_soon_as_it_is_met():

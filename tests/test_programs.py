@@ -154,8 +154,8 @@ def test_learning_lowers_the_held_out_error_and_fine_tuning_starts_from_there(le
     d = Dictionaries.load(folder / "d").check(Config.from_pretrained(folder))
     assert d.metadata["sparsity"] == 4 and d.metadata["text"] == ["held-out.txt"]
     torch.testing.assert_close(d.atoms.norm(dim=-1), torch.ones(2, 1, 128), atol=5e-3, rtol=0)
-    line = json.dumps({"text": HELD_OUT.read_text()})  # this time as JSON lines
-    (tmp_path / "text.jsonl").write_text(f"{line}\n{line}\n")
+    parts = HELD_OUT.read_text().split("\n\n")  # the same text as JSON lines
+    (tmp_path / "text.jsonl").write_text("\n".join(json.dumps({"text": part}) for part in parts))
     command = command.replace(str(HELD_OUT), f"{tmp_path}/text.jsonl")
     _, out, _ = call(f"{command} --out {tmp_path}/d --fine-tune {folder}/d")
     assert float(ERROR.findall(out)[0]) < first
