@@ -118,7 +118,7 @@ class Judge:
     """A model, texts and facts to recall, and what the full cache makes of them."""
 
     def __init__(self, model, tokenizer, text, rows=4, length=1024, facts=24, seed=0):
-        from stories import recall
+        from pretrain import recall
         self.model, self.half = model, length // 2
         device, rng = next(model.parameters()).device, random.Random(seed)
         ids, bos = tokenizer.encode(text, bos=False), tokenizer.encode("")
