@@ -51,7 +51,7 @@ def run_program(main):
         if os.environ.get("LOCAL_RANK", "0") == "0":
             print(f"error: {error}", file=sys.stderr)
         else:
-            time.sleep(1)  # torchrun ends all ranks with the first one: let rank 0 speak
+            time.sleep(10)  # rank 0 says it; then torchrun ends the others
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)

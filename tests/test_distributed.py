@@ -3,6 +3,7 @@
 import shutil
 import subprocess
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,13 +12,14 @@ import torch
 from safetensors.torch import load_file
 from test_lexico import dictionaries
 from test_model import random_model
-from test_programs import GOLDEN, HELD_OUT, ROOT, TINY, call
+from test_programs import HELD_OUT, ROOT, TINY, call
 
 from lexico import DenseCache, Dictionaries, SparseCache
 from model import Llama, parallelize, world
 
 LEARN = (f"train_dict.py --model small --text {HELD_OUT} --tokens 2048 --batch 512 --atoms 64 "
          "--sparsity 3 --device cpu")
+SAMPLE = "generate.py --device cpu --quiet --temperature 0.9 --buffer 8 --max-new-tokens 12"
 SHAPE = dict(dim=48, n_layers=3, n_heads=6, head_dim=16, qkv_bias=True, out_bias=True)
 
 
@@ -40,11 +42,10 @@ def logits(rank, ranks):
 def work():
     """What both ranks do, in the tests' folder: they leave behind what the tests look at."""
     _, rank, ranks = world("cpu")
+    time.sleep = lambda seconds: None  # nobody has to wait to be ended
     torch.save({
         "two": learn("--out two"), "resumed": learn("--out resumed --resume"),
-        "text": call("generate.py --device cpu --dense --quiet --max-new-tokens 20"),
-        "sampled": call("generate.py --device cpu --temperature 0.9 --max-new-tokens 30 "
-                        f"--json sampled{rank}"),
+        "sampled": call(f"{SAMPLE} --json sampled{rank}"),
         "odd rows": call(f"{LEARN} --batch 384"),
         "odd heads": call("generate.py --device cpu --model odd --dense"),
         "logits": logits(rank, ranks),
@@ -60,7 +61,7 @@ def ranks(tmp_path_factory):
         patch.setenv("OMP_NUM_THREADS", "1")
         patch.setenv("PYTHONPATH", str(ROOT))
         for name, kv_heads in (("small", 2), ("odd", 1)):
-            config = replace(TINY, n_layers=2, context=128, kv_heads=kv_heads)
+            config = replace(TINY, dim=64, ffn_dim=64, n_layers=2, context=128, kv_heads=kv_heads)
             Llama.random(config, "cpu").save_pretrained(name)
             shutil.copy(ROOT / "tiny" / "tokenizer.json", name)
         assert learn("--out one")[0] == 0
@@ -81,9 +82,11 @@ def test_a_checkpoint_goes_on_with_another_number_of_ranks(ranks):
     assert ranks[0]["resumed"][0] == learn("--out back --resume")[0] == 0
     one = Dictionaries.load("one")
     for d in map(Dictionaries.load, ("two", "resumed", "back")):
-        torch.testing.assert_close(d.scale, one.scale)
         torch.testing.assert_close(d.atoms, one.atoms, rtol=2**-7, atol=1e-4)  # a bit of bfloat16
-        torch.testing.assert_close(d.metadata, one.metadata, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(d.scale, one.scale, rtol=1e-4, atol=1e-4)
+        for name in ("key_errors", "value_errors", "divergence"):
+            parts = (torch.tensor(of.metadata[name]) for of in (d, one))
+            torch.testing.assert_close(*parts, rtol=1e-4, atol=1e-4)
 
 
 def test_every_rank_has_the_logits_of_one_process(ranks):
@@ -91,9 +94,9 @@ def test_every_rank_has_the_logits_of_one_process(ranks):
         torch.testing.assert_close(rank["logits"], logits(0, 1), rtol=1e-4, atol=1e-4)
 
 
-def test_ranks_sample_the_same_tokens_and_the_first_one_talks(ranks):
-    assert ranks[0]["text"][1].strip() == GOLDEN and ranks[0]["sampled"][1].count("\n    1  ") == 1
-    assert not any(ranks[1][name][1] for name in ("two", "text", "sampled"))
+def test_ranks_sample_what_one_process_does_and_the_first_one_talks(ranks):
+    assert ranks[0]["sampled"] == call(SAMPLE) and ranks[1]["sampled"] == (0, "", "")
+    assert "written" in ranks[0]["two"][1] and not ranks[1]["two"][1]
     assert Path("sampled0").exists() and not Path("sampled1").exists()
 
 
