@@ -358,7 +358,7 @@ def parallelize(model, rank, ranks):
             linear.weight = nn.Parameter(linear.weight.chunk(ranks, dim=1)[rank])
             if linear.bias is not None:  # counts once
                 linear.bias = nn.Parameter(linear.bias * (rank == 0))
-            linear.register_forward_hook(lambda linear, x, out: dist.all_reduce(out) and None)
+            linear.register_forward_hook(lambda linear, x, out: dist.all_reduce(out))
         elif name.endswith("_proj"):  # outputs are shared
             for part, whole in list(linear.named_parameters()):
                 setattr(linear, part, nn.Parameter(whole.chunk(ranks)[rank]))
