@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 
 from lexico import CODINGS, DenseCache, Dictionaries, SparseCache
-from model import Config, InputError, Llama, Tokenizer, best_device, run_program
+from model import Config, InputError, Llama, Tokenizer, parallelize, run_program, world
 
 
 def sample(logits, temperature, top_p, generator):
@@ -160,7 +160,7 @@ def parse_arguments():
         if not good:
             raise InputError(f"{given} is out of range; see --help")
     try:
-        args.device = torch.device(args.device or best_device())
+        args.device, args.rank, args.ranks = world(args.device)
         torch.empty(0, device=args.device)
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]
@@ -183,12 +183,14 @@ def main():
         raise InputError(f"the prompt has {prompt.shape[1]} tokens, more than the model's context "
                          f"of {config.context}; shorten it")
     dtype = args.dtype or ("float32" if device.type == "cpu" else None)
-    model = Llama.from_pretrained(args.model, device, dtype and getattr(torch, dtype))
+    model = Llama.from_pretrained(args.model, device if args.ranks == 1 else "cpu",
+                                  dtype and getattr(torch, dtype))
+    model = parallelize(model, args.rank, args.ranks).to(device)
 
     def new_cache(dense):
         if dense:
-            return DenseCache(config, device=device, dtype=model.norm.weight.dtype)
-        return SparseCache(config, dictionaries, sparsity, args.buffer, args.window,
+            return DenseCache(model.config, device=device, dtype=model.norm.weight.dtype)
+        return SparseCache(model.config, dictionaries, sparsity, args.buffer, args.window,
                            beam=args.beam, coding=args.coding, dtype=torch.bfloat16)
 
     def run(dense, show=lambda record: None):
@@ -243,7 +245,7 @@ def main():
             print(f"agreement: the first {same['shared_tokens']} tokens are shared. Along the "
                   f"dense text, mean KL(dense || sparse) is {same['kl']:.4f} and the likeliest "
                   f"token the same {same['top1']:.1%} of the time")
-    if args.json:
+    if args.json and args.rank == 0:
         figures["steps"] = [{"token": token, "forward": r["forward"], "coding": r["coding"],
                              **r["bytes"]} for token, r in zip(new, steps)]
         try:

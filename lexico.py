@@ -139,8 +139,8 @@ def default_path(model):
 
 
 def shape_of(config):
-    """What must agree between a dictionary and a model: the shape, for atoms do not transfer."""
-    names = ("vocab_size", "dim", "n_layers", "n_heads", "kv_heads", "head_dim", "rope_theta")
+    """What must agree between a dictionary and a model. A layer's heads share its atoms."""
+    names = ("vocab_size", "dim", "n_layers", "head_dim", "rope_theta")
     return {name: getattr(config, name) for name in names}
 
 

@@ -18,18 +18,21 @@ come at any time: a prompt, a chunk, one token.
 `python model.py` loads the embedded model and continues a sentence.
 """
 
+import atexit
 import base64
 import codecs
 import json
 import math
 import os
 import sys
+import time
 import unicodedata
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import tiktoken
 import torch
+import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
 from safetensors import SafetensorError
@@ -45,7 +48,10 @@ def run_program(main):
     try:
         sys.exit(main())
     except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
+        if os.environ.get("LOCAL_RANK", "0") == "0":
+            print(f"error: {error}", file=sys.stderr)
+        else:
+            time.sleep(10)  # rank 0 says it; then torchrun ends the others
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)
@@ -214,6 +220,8 @@ class Layer(nn.Module):
 
 
 class Llama(nn.Module):
+    ranks = 1  # processes that share the weights (parallelize)
+
     def __init__(self, config):
         super().__init__()
         self.config = config
@@ -254,10 +262,10 @@ class Llama(nn.Module):
         return self
 
     @classmethod
-    def random(cls, config, device=None, dtype=None):
+    def random(cls, config, device=None, dtype=None, rank=0, ranks=1):
         """Random weights in any shape, made on the device: for measuring without a download."""
         with torch.device("meta"):
-            model = cls(config).to(dtype or torch.float32)
+            model = parallelize(cls(config).to(dtype or torch.float32), rank, ranks)
         model.to_empty(device=device or best_device()).init_weights()
         return model.requires_grad_(False).eval()
 
@@ -308,11 +316,59 @@ class Llama(nn.Module):
 
 
 # --------------------------------------------------------------------------------------------------
-# Files: a local folder, or the Hugging Face Hub
+# Devices: one, or one for each of the processes that torchrun starts
 
 def best_device():
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
+
+def world(device=None):
+    """(device, rank, ranks): what to compute on, and which of how many processes this one is.
+
+    A plain run is rank 0 of 1. Under torchrun every rank has a GPU of its own, and only 0 prints.
+    """
+    device = torch.device(device or best_device())
+    if "LOCAL_RANK" not in os.environ:
+        return device, 0, 1
+    if device.type == "cuda":
+        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        torch.cuda.set_device(device)
+    if not dist.is_initialized():
+        dist.init_process_group()
+        atexit.register(dist.destroy_process_group)
+    if dist.get_rank() > 0:
+        sys.stdout = open(os.devnull, "w")
+    return device, dist.get_rank(), dist.get_world_size()
+
+
+def parallelize(model, rank, ranks):
+    """Leave in a model this rank's share of all heads and hidden units (Shoeybi et al. 2019, arXiv
+    1909.08053). Its config then counts the heads that are here: a cache made from it holds theirs.
+
+    By hand, for torch's DTensor takes milliseconds of Python a layer, however small the shares.
+    """
+    if ranks == 1:
+        return model
+    for name in ("kv_heads", "ffn_dim"):
+        if getattr(model.config, name) % ranks:
+            raise InputError(f"the model's {name} = {getattr(model.config, name)} cannot be shared "
+                             f"by {ranks} processes; give --nproc-per-node a divisor of it")
+    for name, linear in model.layers.named_modules():
+        if name.endswith(("o_proj", "down_proj")):  # inputs are shared: outputs are sums over ranks
+            linear.weight = nn.Parameter(linear.weight.chunk(ranks, dim=1)[rank])
+            if linear.bias is not None:  # counts once
+                linear.bias = nn.Parameter(linear.bias * (rank == 0))
+            linear.register_forward_hook(lambda linear, x, out: dist.all_reduce(out))
+        elif name.endswith("_proj"):  # outputs are shared
+            for part, whole in list(linear.named_parameters()):
+                setattr(linear, part, nn.Parameter(whole.chunk(ranks)[rank]))
+    model.ranks, heads, kv_heads = ranks, model.config.n_heads, model.config.kv_heads
+    model.config = replace(model.config, n_heads=heads // ranks, kv_heads=kv_heads // ranks)
+    return model.requires_grad_(False)
+
+
+# --------------------------------------------------------------------------------------------------
+# Files: a local folder, or the Hugging Face Hub
 
 def find_file(name_or_path, filename, required=True):
     """Path of one file of a model: "tiny" (the embedded one), a local folder, or a Hub id.

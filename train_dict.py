@@ -22,12 +22,13 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from lexico import KEYS, VALUES, Dictionaries, default_path
-from model import Config, InputError, Llama, Tokenizer, best_device, run_program
+from lexico import Dictionaries, default_path
+from model import Config, InputError, Llama, Tokenizer, run_program, world
 from omp import omp, reconstruct, relative_error
 
 HELD_OUT = 0.05  # the last part of every file, never learned from
@@ -82,28 +83,33 @@ class Simulated:
         return ((p * ~old) @ v + (p * old) @ v_hat).view(B, heads, T, m)
 
 
+def probed(m):
+    """The two sparsities at which divergence is measured."""
+    return [-(-m * i // 64) for i in (4, 15)]
+
+
 @torch.inference_mode()
-def divergence(model, atoms, rows):
+def divergence(model, atoms, first, rows, sparsities):
     """What each dictionary alone costs: mean KL(full || coded) of the next token, in nats, over
-    rows (R, T) when one of atoms (2, L, N, m) codes and nothing else does. A dict of the
-    sparsities tried and of the divergences, (2, L, tried)."""
-    tried = [-(-atoms.shape[3] * i // 64) for i in (4, 15)]
+    rows (R, T) when one dictionary codes and nothing else does: (n, sparsities), for atoms
+    (n, N, m), from number `first` on."""
     full = [model(row[None], Simulated()).float().log_softmax(dim=-1) for row in rows]
 
-    def harm(kind, layer, s):
+    def harm(D, kind, layer, s):
         def compress(at, q, k, v):
             if at != layer:
                 return None
-            D, kv = atoms[kind, layer], [k, v]
+            kv = [k, v]
             x = kv[kind]
             kv[kind] = reconstruct(D, *omp(D, x.flatten(0, 3), s)).view_as(x).to(x.dtype)
             return 1, *kv, None
-        q = [model(row[None], Simulated(compress)).float().log_softmax(dim=-1) for row in rows]
-        return sum(F.kl_div(*pair, log_target=True, reduction="sum").item()
-                   for pair in zip(q, full)) / rows.numel()
+        coded = [model(row[None], Simulated(compress)).float().log_softmax(-1) for row in rows]
+        return sum(F.kl_div(*pair, log_target=True, reduction="sum")
+                   for pair in zip(coded, full)) / rows.numel()
 
-    return {"sparsity": tried, "kl": [[[harm(kind, layer, s) for s in tried] for layer in
-                                       range(atoms.shape[1])] for kind in (KEYS, VALUES)]}
+    harms = [harm(D, *divmod(i, model.config.n_layers), s)
+             for i, D in enumerate(atoms, first) for s in sparsities]
+    return torch.stack(harms).view(len(atoms), -1)
 
 
 @torch.inference_mode()
@@ -112,6 +118,25 @@ def vectors(model, rows):
     recorder = Recorder()
     model(rows, recorder, last_only=True)
     return torch.stack(recorder.kv, dim=1).flatten(2, 4).flatten(0, 1).float()
+
+
+def exchange(X, ranks):
+    """From vectors of all dictionaries, of this rank's rows of text (M, V, m), to those of this
+    rank's dictionaries, of all rows: (M / ranks, ranks V, m)."""
+    if ranks == 1:
+        return X
+    out = torch.empty_like(X)
+    dist.all_to_all_single(out, X)
+    return out.unflatten(0, (ranks, -1)).transpose(0, 1).flatten(1, 2)
+
+
+def gather(x, ranks):
+    """The x of all ranks, one after the other along the first dimension."""
+    if ranks == 1:
+        return x
+    parts = [torch.empty_like(x) for _ in range(ranks)]
+    dist.all_gather(parts, x)
+    return torch.cat(parts)
 
 
 class Text:
@@ -206,7 +231,7 @@ class Learner:
             D[i, atoms] = F.normalize(X[i, worst[i, :len(atoms)]], dim=-1)
             A[i, atoms], A[i, :, atoms], B[i, atoms] = 0, 0, 0
             used[i, atoms] = used[i].mean()  # a new atom has time to prove itself
-        return dead.sum().item()
+        return dead.sum(dim=-1)  # (M,)
 
     def errors(self, X):
         """Mean relative error of vectors X (M, V, m), for each dictionary (M,)."""
@@ -215,50 +240,70 @@ class Learner:
 
 
 def learn(args, model, tokenizer, settings):
-    """Learn as args say: the Learner, its held-out errors (2 L,), and the divergence table."""
+    """Learn as args say: atoms (2 L, N, m), their largest coefficients and held-out errors (2 L,),
+    and the divergence table (2 L, 2).
+
+    Ranks share the work twice: each runs the model over its rows of a batch, and then, once all
+    vectors have gone where they belong, learns its dictionaries from the vectors of all rows. A
+    dictionary is learned in one place, so that any number of ranks gives the same.
+    """
+    rank, ranks, total = args.rank, args.ranks, 2 * model.config.n_layers
     device, row_length = model.norm.weight.device, min(model.config.context, 1024)
     text, count = Text(args.text, tokenizer, row_length), max(1, args.batch // row_length)
+    if count % ranks or total % ranks:
+        raise InputError(f"{ranks} processes cannot share {count} rows of {row_length} tokens and "
+                         f"{total} dictionaries evenly; change --batch or --nproc-per-node")
+    mine = slice(total // ranks * rank, total // ranks * (rank + 1))
 
     def batch(seed, held_out=False):
-        return vectors(model, text.rows(count, seed, held_out).to(device))
+        rows = text.rows(count, seed, held_out).chunk(ranks)[rank]
+        return exchange(vectors(model, rows.to(device)), ranks)
+
+    def clock():  # one for all, for it decides what they do together
+        return gather(torch.tensor([time.time()], dtype=torch.float64), ranks)[0].item()
 
     steps, held_out = max(1, round(args.tokens / (count * row_length))), batch(0, held_out=True)
     if args.fine_tune:
-        atoms = Dictionaries.load(args.fine_tune, device).check(model.config).atoms.flatten(0, 1)
-        args.atoms = atoms.shape[1]
+        atoms = Dictionaries.load(args.fine_tune, device).check(model.config).atoms
+        args.atoms, atoms = atoms.shape[2], atoms.flatten(0, 1)[mine]
     else:  # atoms start as vectors of the text
         X = torch.cat([batch(seed) for seed in range(-(-args.atoms // held_out.shape[1]))], dim=1)
         atoms = F.normalize(X[:, torch.randperm(X.shape[1])[:args.atoms].to(device)], dim=-1)
     learner, checkpoint = Learner(atoms, args.sparsity, args.fade), f"{args.out}.checkpoint"
-    first = step = load_checkpoint(checkpoint, learner, settings) if args.resume else 0
-    began = saved = shown = time.time()
+    first = step = load_checkpoint(checkpoint, learner, settings, mine) if args.resume else 0
+    began = saved = shown = clock()
     while step < steps:
-        replaced = learner.step(batch(1 + step))
-        step, now = step + 1, time.time()
+        replaced = learner.step(batch(1 + step))  # (2 L / ranks,)
+        step, now = step + 1, clock()
         if now - saved > args.checkpoint_seconds and step < steps:
-            save_checkpoint(checkpoint, learner, settings, step)
+            state = {name: gather(part, ranks) for name, part in learner.state.items()}
+            if rank == 0:
+                save_checkpoint(checkpoint, state, settings, step)
             saved = now
         if now - shown > 5 or step in (first + 1, steps):
-            keys, values = learner.errors(held_out).view(2, -1).mean(dim=1).tolist()
+            errors = gather(learner.errors(held_out), ranks)
+            keys, values = errors.view(2, -1).mean(dim=1).tolist()
+            dead = gather(replaced, ranks).sum().item()
             left = (now - began) / (step - first) * (steps - step)
             bar = "#" * (30 * step // steps)
             print(f"[{bar:30}] {step}/{steps}  held-out error keys {keys:.3f} values {values:.3f}  "
-                  f"{replaced} atoms replaced  {left:.0f} s left", flush=True)
+                  f"{dead} atoms replaced  {left:.0f} s left", flush=True)
             shown = now
     # How much each dictionary matters, on text that was learned from.
-    atoms = learner.state["D"].view(2, model.config.n_layers, args.atoms, -1)
-    harm = divergence(model, atoms, text.rows(2, 1)[:, :512].to(device))
-    return learner, learner.errors(held_out), harm
+    D, largest = learner.state["D"], learner.state["largest"]
+    harm = divergence(model, D, mine.start, text.rows(2, 1)[:, :512].to(device),
+                      probed(model.config.head_dim))
+    return [gather(x, ranks) for x in (D, largest, learner.errors(held_out), harm)]
 
 
-def save_checkpoint(path, learner, settings, step):
+def save_checkpoint(path, state, settings, step):
     header = {"settings": json.dumps(settings), "step": str(step)}
-    save_file(learner.state, f"{path}.part", metadata=header)
+    save_file(state, f"{path}.part", metadata=header)
     os.replace(f"{path}.part", path)
 
 
-def load_checkpoint(path, learner, settings):
-    """Put a checkpoint's state into learner: the step to go on from."""
+def load_checkpoint(path, learner, settings, mine):
+    """Put the dictionaries `mine` of a checkpoint into learner: the step to go on from."""
     if not os.path.exists(path):
         raise InputError(f"--resume: there is no checkpoint {path}; start without --resume")
     with safe_open(path, "pt") as file:
@@ -268,7 +313,7 @@ def load_checkpoint(path, learner, settings):
             raise InputError(f"--resume: {path} was made with {', '.join(differing)}; repeat that, "
                              "or start without --resume")
         for name, tensor in learner.state.items():
-            tensor.copy_(file.get_tensor(name))
+            tensor.copy_(file.get_slice(name)[mine])
         return int(file.metadata()["step"])
 
 
@@ -310,20 +355,23 @@ def main():
     settings = {name: value for name, value in vars(args).items()
                 if name not in ("out", "resume", "checkpoint_seconds", "device")}
     torch.manual_seed(args.seed)
-    device = torch.device(args.device or best_device())
+    device, args.rank, args.ranks = world(args.device)
     dtype = torch.float32 if device.type == "cpu" else None
     model = Llama.from_pretrained(args.model, device, dtype)
     began = time.time()
-    learner, errors, harm = learn(args, model, Tokenizer.from_pretrained(args.model), settings)
-    keys, values = errors.view(2, -1).tolist()
+    tokenizer = Tokenizer.from_pretrained(args.model)
+    atoms, largest, errors, harm = (x.cpu().unflatten(0, (2, -1)) for x in
+                                    learn(args, model, tokenizer, settings))
+    keys, values = errors.tolist()
     # Stored coefficients get head room: the largest one met becomes 64 of FP8's 448.
-    scale = (learner.state["largest"] / 64).clamp(min=1e-8).view(2, -1).cpu()
-    atoms = learner.state["D"].view(2, -1, args.atoms, config.head_dim).cpu()
+    scale = (largest / 64).clamp(min=1e-8)
     names = [Path(path).name for path in args.text]
-    Dictionaries(atoms, scale, config, model=str(args.model), sparsity=args.sparsity, text=names,
-                 tokens=args.tokens, key_errors=keys, value_errors=values,
-                 divergence=harm).save(args.out)
-    Path(f"{args.out}.checkpoint").unlink(missing_ok=True)
+    dictionaries = Dictionaries(
+        atoms, scale, config, model=str(args.model), sparsity=args.sparsity, text=names,
+        tokens=args.tokens, key_errors=keys, value_errors=values, divergence={"sparsity": probed(config.head_dim), "kl": harm.tolist()})
+    if args.rank == 0:
+        dictionaries.save(args.out)
+        Path(f"{args.out}.checkpoint").unlink(missing_ok=True)
     print("\nrelative error on held-out text\nlayer   keys  values")
     for layer, errors in enumerate(zip(keys, values)):
         print(f"{layer:5d}  {errors[0]:.3f}   {errors[1]:.3f}")
