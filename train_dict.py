@@ -252,6 +252,39 @@ def wikitext():
                          f"{str(error).strip().splitlines()[0]}; give --text FILE") from None
 
 
+def error_table(d):
+    """Mean relative error of each dictionary on held-out text, as Markdown."""
+    keys, values = d.metadata["key_errors"], d.metadata["value_errors"]
+    rows = [*enumerate(zip(keys, values)), ("mean", (sum(keys) / len(keys), sum(values) / len(keys)))]
+    return "| layer | keys | values |\n|---|---|---|\n" + "\n".join(
+        f"| {layer} | {key:.3f} | {value:.3f} |" for layer, (key, value) in rows)
+
+
+def model_card(d, name):
+    """README.md of a folder to share: YAML that the Hub reads, what this is, how to use it."""
+    about, model = d.metadata, d.metadata["model"]
+    hub_id = model.count("/") == 1 and not Path(model).exists()  # all that a base_model may be
+    return f"""---
+library_name: lexico
+{f"base_model: {model}" if hub_id else "# base_model: its Hub id"}
+# license: yours to choose; mind those of the model and of the text
+tags: [kv-cache-compression, sparse-coding]
+---
+
+# Lexico dictionaries for {model}
+
+For a KV cache of sparse codes ([Lexico](https://arxiv.org/abs/2412.08890)): for the keys and for
+the values of each of {d.shape["n_layers"]} layers {d.n_atoms} atoms of {d.shape["head_dim"]} numbers.
+Learned from {about["tokens"]} tokens of {", ".join(about["text"])}, with {about["sparsity"]} atoms a vector.
+
+    python generate.py --model {model} --dictionary OWNER/{name}
+
+Mean relative error on held-out text, with as many:
+
+{error_table(d)}
+"""
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--text", nargs="+", metavar="FILE",
@@ -262,8 +295,10 @@ def main():
     parser.add_argument("--tokens", type=int, default=100_000, help="tokens to learn from (100000)")
     parser.add_argument("--batch", type=int, default=2048, help="tokens of a step (2048)")
     parser.add_argument("--fade", type=float, default=0.9, help="what a step leaves of old sums")
-    parser.add_argument("--out", help="default: MODEL.dictionary.safetensors")
-    parser.add_argument("--fine-tune", metavar="DICT", help="start from these dictionaries")
+    parser.add_argument("--out", help="FILE.safetensors, or a new folder, to share, "
+                        "with a model card (default: MODEL.dictionary.safetensors)")
+    parser.add_argument("--fine-tune", metavar="DICT",
+                        help="start from these: a file, a folder or a Hub id")
     parser.add_argument("--resume", action="store_true", help="go on from the last checkpoint")
     parser.add_argument("--checkpoint-seconds", type=float, default=30)
     parser.add_argument("--seed", type=int, default=0)
@@ -274,7 +309,10 @@ def main():
                               ("tokens", 1, 10**12), ("batch", 1, 10**9)):
         if not least <= getattr(args, name) <= most:
             raise InputError(f"--{name} {getattr(args, name)} is outside {least} .. {most}")
-    args.out = args.out or default_path(args.model)
+    args.out = Path(args.out or default_path(args.model))
+    is_folder = args.out.suffix != ".safetensors"
+    if is_folder and args.out.exists():
+        raise InputError(f"--out {args.out} exists; name a new folder, or a FILE.safetensors")
     args.text = args.text or wikitext()
     settings = {name: value for name, value in vars(args).items()
                 if name not in ("out", "resume", "checkpoint_seconds", "device")}
@@ -289,13 +327,19 @@ def main():
     scale = (learner.state["largest"] / 64).clamp(min=1e-8).view(2, -1).cpu()
     atoms = learner.state["D"].view(2, -1, args.atoms, config.head_dim).cpu()
     names = [Path(path).name for path in args.text]
-    Dictionaries(atoms, scale, config, model=str(args.model), sparsity=args.sparsity, text=names,
-                 tokens=args.tokens, key_errors=keys, value_errors=values, divergence=harm).save(args.out)
+    learned = Dictionaries(
+        atoms, scale, config, model=str(args.model), sparsity=args.sparsity, text=names,
+        tokens=args.tokens, key_errors=keys, value_errors=values, divergence=harm)
+    if is_folder:  # it appears when it is whole
+        part = Path(f"{args.out}.part")
+        part.mkdir(parents=True, exist_ok=True)
+        learned.save(part / "dictionary.safetensors")
+        (part / "README.md").write_text(model_card(learned, args.out.name), encoding="utf-8")
+        os.replace(part, args.out)
+    else:
+        learned.save(args.out)
     Path(f"{args.out}.checkpoint").unlink(missing_ok=True)
-    print("\nrelative error on held-out text\nlayer   keys  values")
-    for layer, errors in enumerate(zip(keys, values)):
-        print(f"{layer:5d}  {errors[0]:.3f}   {errors[1]:.3f}")
-    print(f" mean  {sum(keys) / len(keys):.3f}   {sum(values) / len(values):.3f}")
+    print(f"\nrelative error on held-out text\n{error_table(learned)}")
     print(f"{args.out} written after {time.time() - began:.0f} s")
 
 

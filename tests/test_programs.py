@@ -146,7 +146,7 @@ def held_out_errors(out):
 @pytest.fixture(scope="module")
 def learned(tmp_path_factory):
     """An unbroken run: the path of its dictionaries, and what it printed."""
-    path = tmp_path_factory.mktemp("learned") / "d"
+    path = tmp_path_factory.mktemp("learned") / "d.safetensors"
     code, out, _ = call(f"{SHORT} --out {path}")
     assert code == 0
     return path, out
@@ -171,19 +171,19 @@ def test_jsonl_is_text_too_and_fine_tuning_starts_from_what_is_there(learned, tm
 
 
 def test_a_killed_run_resumes_to_what_an_unbroken_one_gives(learned, tmp_path):
-    command = f"{SHORT} --out {tmp_path}/d --checkpoint-seconds 0"
+    command = f"{SHORT} --out {tmp_path}/d.safetensors --checkpoint-seconds 0"
     process = start(command)
-    while not (tmp_path / "d.checkpoint").exists():
+    while not (tmp_path / "d.safetensors.checkpoint").exists():
         time.sleep(0.01)
     process.kill()
     process.communicate()
-    assert not (tmp_path / "d").exists()
+    assert not (tmp_path / "d.safetensors").exists()
     code, _, error = call(f"{command} --resume --tokens 8192")
     assert code == 2 and "--tokens 4096" in error
     assert call(f"{command} --resume")[0] == 0
-    whole, resumed = load_file(learned[0]), load_file(tmp_path / "d")
+    whole, resumed = load_file(learned[0]), load_file(tmp_path / "d.safetensors")
     assert all(torch.equal(resumed[name], whole[name]) for name in whole)
-    assert [path.name for path in tmp_path.iterdir()] == ["d"]
+    assert [path.name for path in tmp_path.iterdir()] == ["d.safetensors"]
 
 
 # Every file, and the README
