@@ -19,8 +19,7 @@ import torch
 import torch.nn.functional as F
 
 from lexico import CODINGS, DenseCache, Dictionaries, SparseCache
-from model import (ANSWER, Chat, Config, InputError, Llama, Tokenizer, best_device,
-                   run_program)
+from model import ANSWER, Chat, Config, InputError, Llama, Tokenizer, best_device, run_program
 
 
 def sample(logits, temperature, top_p, generator):
@@ -163,23 +162,20 @@ def chat(args, model, tokenizer, cache):
     generator = torch.Generator().manual_seed(args.seed)
     messages = [template.message("system", args.system)] if args.system else []
     unfed = []  # a token that was sampled but has not passed the model
-
-    def choose(logits):
-        return sample(logits, args.temperature, args.top_p, generator)
-
     while text := read_turn("" if args.quiet else "> "):
         asked = [*messages, template.message("user", text)]
         new = unfed + template.new_tokens(asked)
         room = config.context - cache.length - len(new)
         if room < 0:
-            print(f"error: this turn's {len(new)} tokens do not fit: {cache.length} of the model's "
-                  f"context of {config.context} are taken; say less", file=sys.stderr)
+            print(f"error: this turn's {len(new)} tokens do not fit: {cache.length} of the context's "
+                  f"{config.context} are taken; shorten it, or start anew", file=sys.stderr)
             continue
         messages = [*asked, {"role": "assistant", "content": ANSWER}]
-        stream, seconds, unfed = tokenizer.stream(), [], []
+        stream, seconds = tokenizer.stream(), []
         prompt, count = torch.tensor([new], device=args.device), min(args.max_new_tokens, room + 1)
         show_progress(model, args.quiet)
-        for step in generate(model, cache, prompt, count, choose):
+        for step in generate(model, cache, prompt, count, lambda logits: sample(
+                logits, args.temperature, args.top_p, generator)):
             seconds.append(step["forward"] + step["coding"])
             if step["tokens"].item() in ends:  # never fed: the template ends the turn itself
                 unfed = []

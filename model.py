@@ -507,7 +507,7 @@ def other_tokenizer(path, vocab, special):
 # Half characters, which no text holds: one goes before what only reads like a special token, the
 # other stands for an answer.
 ONLY_TEXT, ANSWER = "\ud800", "\ud801"
-LLAMA3_CHAT = ("{% for message in messages %}{{ bos_token if loop.first }}<|start_header_id|>"
+LLAMA3_CHAT = ("<|begin_of_text|>{% for message in messages %}<|start_header_id|>"
                "{{ message.role }}<|end_header_id|>\n\n{{ message.content | trim }}<|eot_id|>"
                "{% endfor %}<|start_header_id|>assistant<|end_header_id|>{{ '\n\n' }}")
 
@@ -524,10 +524,9 @@ class Chat:
 
     def __init__(self, name_or_path, tokenizer):
         path = find_file(name_or_path, "tokenizer_config.json", required=False)
-        settings = {"bos_token": "<|begin_of_text|>", **(read_json(path) if path else {})}
-        path, template = (find_file(name_or_path, "chat_template.jinja", required=False),
-                          settings.get("chat_template"))
-        template = path.read_text(encoding="utf-8") if path else template
+        settings = read_json(path) if path else {}
+        path = find_file(name_or_path, "chat_template.jinja", required=False)  # its newer place
+        template = path.read_text(encoding="utf-8") if path else settings.get("chat_template")
         if isinstance(template, list):  # several, by name
             template = {one["name"]: one["template"] for one in template}.get("default")
         if not template and not tokenizer.special.keys() >= LLAMA3_SPECIAL.keys():
@@ -535,7 +534,7 @@ class Chat:
                              "tokens; use its instruct version, or --prompt")
         self.name, self.template, self.tokenizer = name_or_path, template or LLAMA3_CHAT, tokenizer
         self.variables = {key: value["content"] if isinstance(value, dict) else value
-                          for key, value in settings.items() if key.endswith("_token")}
+                          for key, value in settings.items() if key.endswith("_token") and value}
         longest_first = sorted(tokenizer.special, key=len, reverse=True)
         self.special = "|".join(map(re.escape, longest_first)) or "(?!)"
 
@@ -547,7 +546,7 @@ class Chat:
         try:
             import jinja2.sandbox
         except ImportError:
-            raise InputError("a chat template needs another package: pip install jinja2") from None
+            raise InputError("--chat needs another package: pip install jinja2") from None
 
         def refuse(reason):
             raise jinja2.TemplateError(reason)
@@ -559,8 +558,8 @@ class Chat:
             return environment.from_string(self.template).render(
                 messages=messages, add_generation_prompt=True, **self.variables)
         except jinja2.TemplateError as error:
-            raise InputError(f"chat template of '{self.name}': {error}; without --system, perhaps?"
-                             ) from None
+            raise InputError(f"the chat template of '{self.name}' does not take this conversation "
+                             f"({error}); fix it, or do without a system prompt") from None
 
     def new_tokens(self, messages):
         """Ids of what comes after the last answer (its end of turn is first), or of all. An answer

@@ -252,37 +252,46 @@ def wikitext():
                          f"{str(error).strip().splitlines()[0]}; give --text FILE") from None
 
 
-def error_table(d):
+def error_table(keys, values):
     """Mean relative error of each dictionary on held-out text, as Markdown."""
-    keys, values = d.metadata["key_errors"], d.metadata["value_errors"]
-    rows = [*enumerate(zip(keys, values)), ("mean", (sum(keys) / len(keys), sum(values) / len(keys)))]
+    rows = [*enumerate(zip(keys, values)), ("mean", (np.mean(keys), np.mean(values)))]
     return "| layer | keys | values |\n|---|---|---|\n" + "\n".join(
         f"| {layer} | {key:.3f} | {value:.3f} |" for layer, (key, value) in rows)
 
 
-def model_card(d, name):
-    """README.md of a folder to share: YAML that the Hub reads, what this is, how to use it."""
-    about, model = d.metadata, d.metadata["model"]
-    hub_id = model.count("/") == 1 and not Path(model).exists()  # all that a base_model may be
-    return f"""---
+CARD = """---
 library_name: lexico
-{f"base_model: {model}" if hub_id else "# base_model: its Hub id"}
-# license: yours to choose; mind those of the model and of the text
-tags: [kv-cache-compression, sparse-coding]
+{base}tags: [kv-cache-compression, sparse-coding]
 ---
-
 # Lexico dictionaries for {model}
 
 For a KV cache of sparse codes ([Lexico](https://arxiv.org/abs/2412.08890)): for the keys and for
-the values of each of {d.shape["n_layers"]} layers {d.n_atoms} atoms of {d.shape["head_dim"]} numbers.
-Learned from {about["tokens"]} tokens of {", ".join(about["text"])}, with {about["sparsity"]} atoms a vector.
+the values of each of {n_layers} layers {atoms} atoms of {head_dim} numbers. Learned from {tokens}
+tokens of {text}, with {sparsity} atoms a vector.
 
     python generate.py --model {model} --dictionary OWNER/{name}
 
-Mean relative error on held-out text, with as many:
+Mean relative error on held-out text, with as many atoms:
 
-{error_table(d)}
+{errors}
 """
+
+
+def save_folder(d, folder):
+    """Write a folder that can be uploaded: dictionaries and a README.md that the Hub can read.
+
+    It appears when it is whole. Its licence is left to whoever shares it.
+    """
+    part, about = Path(f"{folder}.part"), {**d.shape, **d.metadata}
+    part.mkdir(parents=True, exist_ok=True)
+    d.save(part / "dictionary.safetensors")
+    # Only a Hub id may be a base_model.
+    hub_id = about["model"].count("/") == 1 and not Path(about["model"]).exists()
+    about.update(base=f"base_model: {about['model']}\n" if hub_id else "", atoms=d.n_atoms,
+                 text=", ".join(about["text"]), name=folder.name,
+                 errors=error_table(about["key_errors"], about["value_errors"]))
+    (part / "README.md").write_text(CARD.format(**about), encoding="utf-8")
+    os.replace(part, folder)
 
 
 def main():
@@ -297,8 +306,7 @@ def main():
     parser.add_argument("--fade", type=float, default=0.9, help="what a step leaves of old sums")
     parser.add_argument("--out", help="FILE.safetensors, or a new folder, to share, "
                         "with a model card (default: MODEL.dictionary.safetensors)")
-    parser.add_argument("--fine-tune", metavar="DICT",
-                        help="start from these: a file, a folder or a Hub id")
+    parser.add_argument("--fine-tune", metavar="DICT", help="start from these dictionaries")
     parser.add_argument("--resume", action="store_true", help="go on from the last checkpoint")
     parser.add_argument("--checkpoint-seconds", type=float, default=30)
     parser.add_argument("--seed", type=int, default=0)
@@ -330,16 +338,9 @@ def main():
     learned = Dictionaries(
         atoms, scale, config, model=str(args.model), sparsity=args.sparsity, text=names,
         tokens=args.tokens, key_errors=keys, value_errors=values, divergence=harm)
-    if is_folder:  # it appears when it is whole
-        part = Path(f"{args.out}.part")
-        part.mkdir(parents=True, exist_ok=True)
-        learned.save(part / "dictionary.safetensors")
-        (part / "README.md").write_text(model_card(learned, args.out.name), encoding="utf-8")
-        os.replace(part, args.out)
-    else:
-        learned.save(args.out)
+    save_folder(learned, args.out) if is_folder else learned.save(args.out)
     Path(f"{args.out}.checkpoint").unlink(missing_ok=True)
-    print(f"\nrelative error on held-out text\n{error_table(learned)}")
+    print(f"\nrelative error on held-out text\n{error_table(keys, values)}")
     print(f"{args.out} written after {time.time() - began:.0f} s")
 
 
