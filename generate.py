@@ -167,7 +167,7 @@ def chat(args, model, tokenizer, cache):
         new = unfed + template.new_tokens(asked)
         room = config.context - cache.length - len(new)
         if room < 0:
-            print(f"error: this turn's {len(new)} tokens do not fit: {cache.length} of the context's "
+            print(f"error: {len(new)} new tokens do not fit: {cache.length} of the context's "
                   f"{config.context} are taken; shorten it, or start anew", file=sys.stderr)
             continue
         messages = [*asked, {"role": "assistant", "content": ANSWER}]
