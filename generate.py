@@ -3,7 +3,8 @@
     python generate.py --prompt "Once upon a time" --sparsity 8
 
 A line for each token: the time of its forward pass, the time of coding, and the bytes of the cache
-beside those of a dense one in 16 bits. --dense runs the usual cache, --compare runs both.
+beside those of a dense one in 16 bits. --dense runs the usual cache, --compare runs both, --chat
+holds a conversation over one cache.
 """
 
 import argparse
@@ -18,7 +19,8 @@ import torch
 import torch.nn.functional as F
 
 from lexico import CODINGS, DenseCache, Dictionaries, SparseCache
-from model import Config, InputError, Llama, Tokenizer, parallelize, run_program, world
+from model import (ANSWER, Chat, Config, InputError, Llama, Tokenizer, parallelize, run_program,
+                   world)
 
 
 def sample(logits, temperature, top_p, generator):
@@ -57,6 +59,27 @@ def generate(model, cache, prompt, count, choose):
             cache.compress()
         yield {"tokens": tokens[:, 0], "logits": logits, "forward": middle - start,
                "coding": clock(prompt.device) - middle, "bytes": cache.nbytes()}
+
+
+def show_progress(model, quiet):
+    """Unless quiet, a bar on stderr while the next tokens pass, should that take over two seconds.
+
+    A prompt of any length passes in one go, so that it attends exactly: the activations of one
+    layer bound the memory that it takes beside the cache.
+    """
+    n, device = len(model.layers), model.norm.weight.device
+
+    def passed(layer, inputs, output):
+        done = layer.self_attn.layer + 1
+        if clock(device) - start > 2:
+            print(f"\r[{'#' * (30 * done // n):30}] layer {done} of {n}", end="\n" * (done == n),
+                  file=sys.stderr, flush=True)
+        if done == n:
+            for hook in hooks:
+                hook.remove()
+
+    hooks = [layer.register_forward_hook(passed) for layer in model.layers if not quiet]
+    start = clock(device)
 
 
 def size(nbytes):
@@ -129,13 +152,64 @@ def read_prompt(args):
     return text
 
 
+def chat(args, model, tokenizer, cache):
+    """A conversation over one cache, a line of standard input a turn.
+
+    What was said is in the cache and never passes the model again: a turn feeds what comes after
+    the last answer, in the template's words.
+    """
+    template, config = Chat(args.model, tokenizer), model.config
+    ends = {*config.eos_ids, tokenizer.special.get("<|eot_id|>")}
+    generator = torch.Generator().manual_seed(args.seed)
+    messages = [template.message("system", args.system)] if args.system else []
+    unfed = []  # a token that was sampled but has not passed the model
+    while text := read_turn("" if args.quiet else "> "):
+        asked = [*messages, template.message("user", text)]
+        new = unfed + template.new_tokens(asked)
+        room = config.context - cache.length - len(new)
+        if room < 0:
+            print(f"error: {len(new)} new tokens do not fit: {cache.length} of the context's "
+                  f"{config.context} are taken; shorten it, or start anew", file=sys.stderr)
+            continue
+        messages = [*asked, {"role": "assistant", "content": ANSWER}]
+        stream, seconds = tokenizer.stream(), []
+        prompt, count = torch.tensor([new], device=args.device), min(args.max_new_tokens, room + 1)
+        show_progress(model, args.quiet)
+        for step in generate(model, cache, prompt, count, lambda logits: sample(
+                logits, args.temperature, args.top_p, generator)):
+            seconds.append(step["forward"] + step["coding"])
+            if step["tokens"].item() in ends:  # never fed: the template ends the turn itself
+                unfed = []
+                break
+            unfed = step["tokens"].tolist()
+            print(stream(unfed[0]), end="", flush=True)
+        print(stream(None))
+        if not args.quiet:
+            each = 1e3 * sum(seconds[1:]) / max(1, len(seconds) - 1)
+            print(f"[{len(new)} + {len(seconds)} tokens, {each:.2f} ms a token, "
+                  f"cache {size(step['bytes']['total'])}]")
+
+
+def read_turn(prompt):
+    """A line of standard input, "" at its end."""
+    try:
+        return input(prompt).strip()
+    except EOFError:
+        return ""
+    except UnicodeDecodeError:
+        raise InputError("standard input is not UTF-8; convert it") from None
+
+
 def parse_arguments():
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     add = parser.add_argument
     add("--prompt", default="Once upon a time", help='the text to go on from; "-": standard input')
     add("--prompt-file", help='a UTF-8 text file instead; "-": standard input')
+    add("--chat", action="store_true", help="converse: a line of standard input is a turn, an "
+        "empty one ends; not with --prompt, --compare, --json")
+    add("--system", help="the system prompt of --chat")
     add("--model", default="tiny", help='a folder, a Hub id, or "tiny" (default)')
-    add("--dictionary", help="default: the one known for the model")
+    add("--dictionary", help="a file, a folder or a Hub id; default: the one known for the model")
     add("--sparsity", default="auto:20%", help="coefficients a vector, or auto:20%% (default): "
         "those that serve best when vectors take 20%% of their 16-bit size on average")
     add("--buffer", type=int, default=32, help="newest tokens kept dense (default 32)")
@@ -193,6 +267,9 @@ def main():
         return SparseCache(model.config, dictionaries, sparsity, args.buffer, args.window,
                            beam=args.beam, coding=args.coding, dtype=torch.bfloat16)
 
+    if args.chat:
+        return chat(args, model, tokenizer, new_cache(args.dense))
+
     def run(dense, show=lambda record: None):
         """Generate with one cache: the list of steps, and their summary."""
         generator = torch.Generator().manual_seed(args.seed)
@@ -202,6 +279,7 @@ def main():
         def choose(logits):
             return sample(logits, args.temperature, args.top_p, generator)
 
+        show_progress(model, args.quiet)
         try:
             for record in generate(model, new_cache(dense), prompt, count, choose):
                 steps.append(record)

@@ -107,7 +107,10 @@ class Dictionaries:
 
     @classmethod
     def load(cls, path, device="cpu", dtype=torch.float32):
-        """Read what save wrote. Raises InputError for a file missing, damaged or not ours."""
+        """Read what save wrote: a file, or a folder or Hub id that holds dictionary.safetensors.
+        Raises InputError for what is missing, damaged or not ours."""
+        if Path(path).suffix != ".safetensors" and not Path(path).is_file():
+            path = find_file(path, "dictionary.safetensors", required=False) or path
         if not Path(path).is_file():
             raise InputError(f"dictionary '{path}' does not exist; learn one with train_dict.py")
         try:

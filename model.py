@@ -24,6 +24,7 @@ import codecs
 import json
 import math
 import os
+import re
 import sys
 import time
 import unicodedata
@@ -553,6 +554,76 @@ def other_tokenizer(path, vocab, special):
 
     token_bytes = {i: raw(token) for token, i in vocab.items() if token not in special}
     return lambda text: other.encode(text, add_special_tokens=False).ids, token_bytes
+
+
+# --------------------------------------------------------------------------------------------------
+# Chat: a conversation in the form that the model was taught
+
+# Half characters, which no text holds: one goes before what only reads like a special token, the
+# other stands for an answer.
+ONLY_TEXT, ANSWER = "\ud800", "\ud801"
+LLAMA3_CHAT = ("<|begin_of_text|>{% for message in messages %}<|start_header_id|>"
+               "{{ message.role }}<|end_header_id|>\n\n{{ message.content | trim }}<|eot_id|>"
+               "{% endfor %}<|start_header_id|>assistant<|end_header_id|>{{ '\n\n' }}")
+
+
+class Chat:
+    """A model's chat template (Jinja), or Llama 3's for a model that has none but its tokens.
+
+    A user who types "<|eot_id|>" has written ten characters; the template's own is one token.
+    Contents cannot be encoded apart from the template, for tokens reach across the border (a line
+    break that begins a content joins the template's last). So ONLY_TEXT goes before everything in a
+    content that reads like a special token: what stands without it once all is rendered is the
+    template's. It leaves before text is encoded.
+    """
+
+    def __init__(self, name_or_path, tokenizer):
+        path = find_file(name_or_path, "tokenizer_config.json", required=False)
+        settings = read_json(path) if path else {}
+        path = find_file(name_or_path, "chat_template.jinja", required=False)  # its newer place
+        template = path.read_text(encoding="utf-8") if path else settings.get("chat_template")
+        if isinstance(template, list):  # several, by name
+            template = {one["name"]: one["template"] for one in template}.get("default")
+        if not template and not tokenizer.special.keys() >= LLAMA3_SPECIAL.keys():
+            raise InputError(f"model '{name_or_path}' has no chat template, nor Llama 3's special "
+                             "tokens; use its instruct version, or --prompt")
+        self.name, self.template, self.tokenizer = name_or_path, template or LLAMA3_CHAT, tokenizer
+        self.variables = {key: value["content"] if isinstance(value, dict) else value
+                          for key, value in settings.items() if key.endswith("_token") and value}
+        longest_first = sorted(tokenizer.special, key=len, reverse=True)
+        self.special = "|".join(map(re.escape, longest_first)) or "(?!)"
+
+    def message(self, role, text):
+        return {"role": role, "content": re.sub(f"(?={self.special})", ONLY_TEXT, text)}
+
+    def render(self, messages):
+        """The conversation as text, as far as the header of the answer to come."""
+        try:
+            import jinja2.sandbox
+        except ImportError:
+            raise InputError("--chat needs another package: pip install jinja2") from None
+
+        def refuse(reason):
+            raise jinja2.TemplateError(reason)
+
+        environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
+            trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"])
+        environment.globals.update(raise_exception=refuse, strftime_now=time.strftime)
+        try:
+            return environment.from_string(self.template).render(
+                messages=messages, add_generation_prompt=True, **self.variables)
+        except jinja2.TemplateError as error:
+            raise InputError(f"the chat template of '{self.name}' does not take this conversation "
+                             f"({error}); fix it, or do without a system prompt") from None
+
+    def new_tokens(self, messages):
+        """Ids of what comes after the last answer (its end of turn is first), or of all. An answer
+        is a message that says ANSWER: its tokens have passed the model, and need no text again."""
+        text, ids = self.render(messages).rpartition(ANSWER)[2], []
+        for i, part in enumerate(re.split(f"(?<!{ONLY_TEXT})({self.special})", text)):
+            ids += ([self.tokenizer.special[part]] if i % 2 else
+                    self.tokenizer.encode(part.replace(ONLY_TEXT, ""), bos=False))
+        return ids
 
 
 if __name__ == "__main__":

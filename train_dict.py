@@ -328,6 +328,48 @@ def wikitext():
                          f"{str(error).strip().splitlines()[0]}; give --text FILE") from None
 
 
+def error_table(keys, values):
+    """Mean relative error of each dictionary on held-out text, as Markdown."""
+    rows = [*enumerate(zip(keys, values)), ("mean", (np.mean(keys), np.mean(values)))]
+    return "| layer | keys | values |\n|---|---|---|\n" + "\n".join(
+        f"| {layer} | {key:.3f} | {value:.3f} |" for layer, (key, value) in rows)
+
+
+CARD = """---
+library_name: lexico
+{base}tags: [kv-cache-compression, sparse-coding]
+---
+# Lexico dictionaries for {model}
+
+For a KV cache of sparse codes ([Lexico](https://arxiv.org/abs/2412.08890)): for the keys and for
+the values of each of {n_layers} layers {atoms} atoms of {head_dim} numbers. Learned from {tokens}
+tokens of {text}, with {sparsity} atoms a vector.
+
+    python generate.py --model {model} --dictionary OWNER/{name}
+
+Mean relative error on held-out text, with as many atoms:
+
+{errors}
+"""
+
+
+def save_folder(d, folder):
+    """Write a folder that can be uploaded: dictionaries and a README.md that the Hub can read.
+
+    It appears when it is whole. Its licence is left to whoever shares it.
+    """
+    part, about = Path(f"{folder}.part"), {**d.shape, **d.metadata}
+    part.mkdir(parents=True, exist_ok=True)
+    d.save(part / "dictionary.safetensors")
+    # Only a Hub id may be a base_model.
+    hub_id = about["model"].count("/") == 1 and not Path(about["model"]).exists()
+    about.update(base=f"base_model: {about['model']}\n" if hub_id else "", atoms=d.n_atoms,
+                 text=", ".join(about["text"]), name=folder.name,
+                 errors=error_table(about["key_errors"], about["value_errors"]))
+    (part / "README.md").write_text(CARD.format(**about), encoding="utf-8")
+    os.replace(part, folder)
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--text", nargs="+", metavar="FILE",
@@ -338,7 +380,8 @@ def main():
     parser.add_argument("--tokens", type=int, default=100_000, help="tokens to learn from (100000)")
     parser.add_argument("--batch", type=int, default=2048, help="tokens of a step (2048)")
     parser.add_argument("--fade", type=float, default=0.9, help="what a step leaves of old sums")
-    parser.add_argument("--out", help="default: MODEL.dictionary.safetensors")
+    parser.add_argument("--out", help="FILE.safetensors, or a new folder, to share, "
+                        "with a model card (default: MODEL.dictionary.safetensors)")
     parser.add_argument("--fine-tune", metavar="DICT", help="start from these dictionaries")
     parser.add_argument("--resume", action="store_true", help="go on from the last checkpoint")
     parser.add_argument("--checkpoint-seconds", type=float, default=30)
@@ -350,7 +393,10 @@ def main():
                               ("tokens", 1, 10**12), ("batch", 1, 10**9)):
         if not least <= getattr(args, name) <= most:
             raise InputError(f"--{name} {getattr(args, name)} is outside {least} .. {most}")
-    args.out = args.out or default_path(args.model)
+    args.out = Path(args.out or default_path(args.model))
+    is_folder = args.out.suffix != ".safetensors"
+    if is_folder and args.out.exists():
+        raise InputError(f"--out {args.out} exists; name a new folder, or a FILE.safetensors")
     args.text = args.text or wikitext()
     settings = {name: value for name, value in vars(args).items()
                 if name not in ("out", "resume", "checkpoint_seconds", "device")}
@@ -366,16 +412,14 @@ def main():
     # Stored coefficients get head room: the largest one met becomes 64 of FP8's 448.
     scale = (largest / 64).clamp(min=1e-8)
     names = [Path(path).name for path in args.text]
-    dictionaries = Dictionaries(
+    learned = Dictionaries(
         atoms, scale, config, model=str(args.model), sparsity=args.sparsity, text=names,
-        tokens=args.tokens, key_errors=keys, value_errors=values, divergence={"sparsity": probed(config.head_dim), "kl": harm.tolist()})
+        tokens=args.tokens, key_errors=keys, value_errors=values,
+        divergence={"sparsity": probed(config.head_dim), "kl": harm.tolist()})
     if args.rank == 0:
-        dictionaries.save(args.out)
+        save_folder(learned, args.out) if is_folder else learned.save(args.out)
         Path(f"{args.out}.checkpoint").unlink(missing_ok=True)
-    print("\nrelative error on held-out text\nlayer   keys  values")
-    for layer, errors in enumerate(zip(keys, values)):
-        print(f"{layer:5d}  {errors[0]:.3f}   {errors[1]:.3f}")
-    print(f" mean  {sum(keys) / len(keys):.3f}   {sum(values) / len(values):.3f}")
+    print(f"\nrelative error on held-out text\n{error_table(keys, values)}")
     print(f"{args.out} written after {time.time() - began:.0f} s")
 
 

@@ -142,7 +142,7 @@ def learned(tmp_path_factory):
     shutil.copy(ROOT / "tiny" / "tokenizer.json", folder)
     command = (f"train_dict.py --model {folder} --text {HELD_OUT} --tokens 4096 --batch 1024 "
                "--atoms 128 --sparsity 4")
-    code, out, _ = call(f"{command} --out {folder}/d")
+    code, out, _ = call(f"{command} --out {folder}/d.safetensors")
     assert code == 0
     return folder, command, out
 
@@ -151,30 +151,30 @@ def test_learning_lowers_the_held_out_error_and_fine_tuning_starts_from_there(le
     folder, command, out = learned
     first, last = map(float, ERROR.findall(out))
     assert last < first and "mean" in out
-    d = Dictionaries.load(folder / "d").check(Config.from_pretrained(folder))
+    d = Dictionaries.load(folder / "d.safetensors").check(Config.from_pretrained(folder))
     assert d.metadata["sparsity"] == 4 and d.metadata["text"] == ["held-out.txt"]
     torch.testing.assert_close(d.atoms.norm(dim=-1), torch.ones(2, 1, 128), atol=5e-3, rtol=0)
     parts = HELD_OUT.read_text().split("\n\n")  # the same text as JSON lines
     (tmp_path / "text.jsonl").write_text("\n".join(json.dumps({"text": part}) for part in parts))
     command = command.replace(str(HELD_OUT), f"{tmp_path}/text.jsonl")
-    _, out, _ = call(f"{command} --out {tmp_path}/d --fine-tune {folder}/d")
+    _, out, _ = call(f"{command} --out {tmp_path}/d.safetensors --fine-tune {folder}/d.safetensors")
     assert float(ERROR.findall(out)[0]) < first
 
 
 def test_a_killed_run_resumes_to_what_an_unbroken_one_gives(learned, tmp_path):
-    command = f"{learned[1]} --out {tmp_path}/d --checkpoint-seconds 0"
+    command = f"{learned[1]} --out {tmp_path}/d.safetensors --checkpoint-seconds 0"
     process = start(command)
-    while not (tmp_path / "d.checkpoint").exists():
+    while not (tmp_path / "d.safetensors.checkpoint").exists():
         time.sleep(0.01)
     process.kill()
     process.communicate()
-    assert not (tmp_path / "d").exists()
+    assert not (tmp_path / "d.safetensors").exists()
     code, _, error = call(f"{command} --resume --tokens 8192")
     assert code == 2 and "--tokens 4096" in error
     assert call(f"{command} --resume")[0] == 0
-    whole, resumed = load_file(learned[0] / "d"), load_file(tmp_path / "d")
+    whole, resumed = load_file(learned[0] / "d.safetensors"), load_file(tmp_path / "d.safetensors")
     assert all(torch.equal(resumed[name], whole[name]) for name in whole)
-    assert [path.name for path in tmp_path.iterdir()] == ["d"]
+    assert [path.name for path in tmp_path.iterdir()] == ["d.safetensors"]
 
 
 # Every file, and the README
