@@ -19,8 +19,8 @@ import torch
 import torch.nn.functional as F
 
 from lexico import CODINGS, DenseCache, Dictionaries, SparseCache
-from model import (ANSWER, Chat, Config, InputError, Llama, Tokenizer, parallelize, run_program,
-                   world)
+from model import (ANSWER, Chat, Config, InputError, Llama, Tokenizer, compile_layers, parallelize,
+                   run_program, world)
 
 
 def sample(logits, temperature, top_p, generator):
@@ -41,23 +41,64 @@ def clock(device):
     return time.perf_counter()
 
 
+class Recorded:
+    """A function without arguments that becomes a CUDA graph with its third call.
+
+    A decoding step is hundreds of kernels, most of them over before Python has launched the next. A
+    graph launches them all at once, at the same addresses. Before that the function runs twice as
+    it is: kernels compile, libraries find their memory. count() does for a replay what Python did
+    beside launching.
+    """
+
+    def __init__(self, function, count, record):
+        self.function, self.count, self.record = function, count, record
+        self.calls, self.graph = 0, None
+
+    def __call__(self):
+        self.calls += 1
+        if not self.record or self.calls <= 2:
+            return self.function()
+        if self.graph is None:
+            self.graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(self.graph):  # nothing runs, but Python counts
+                self.out = self.function()
+        else:
+            self.count()
+        self.graph.replay()
+        return self.out
+
+
+def peak_memory(device):
+    """Bytes that were in use at most: on a GPU since the last call, else by the process so far."""
+    if device.type == "cuda":
+        peak = torch.cuda.max_memory_allocated(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        return peak
+    unit = 1 if sys.platform == "darwin" else 1024  # of ru_maxrss
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
 @torch.inference_mode()
-def generate(model, cache, prompt, count, choose):
+def generate(model, cache, prompt, count, choose, record=False):
     """Run the prompt (B, T), then decode: `count` new tokens in all. Yields for each one a dict of
 
         tokens (B,), logits (B, vocab), forward and coding in seconds, bytes (the cache's nbytes).
 
     The first one's forward pass is the prompt's. choose(logits) gives the next tokens (B,).
+    record: whether steps become CUDA graphs; the cache must have room for all tokens, then.
     """
-    tokens = prompt
-    for _ in range(count):
+    token, sparse = prompt[:, -1:].clone(), isinstance(cache, SparseCache)  # (B, 1): a step's input
+    step = Recorded(lambda: model(token, cache, last_only=True)[:, -1], lambda: cache.count(1),
+                    record)
+    code = Recorded(lambda: cache.compress(), lambda: cache.count(0, cache.window), record)
+    for i in range(count):
         start = clock(prompt.device)
-        logits = model(tokens, cache, last_only=True)[:, -1]
-        tokens = choose(logits)[:, None]
+        logits = step() if i else model(prompt, cache, last_only=True)[:, -1]
+        token.copy_(choose(logits)[:, None])
         middle = clock(prompt.device)
-        if isinstance(cache, SparseCache):
-            cache.compress()
-        yield {"tokens": tokens[:, 0], "logits": logits, "forward": middle - start,
+        if sparse and cache.full:
+            code()
+        yield {"tokens": token[:, 0].clone(), "logits": logits.clone(), "forward": middle - start,
                "coding": clock(prompt.device) - middle, "bytes": cache.nbytes()}
 
 
@@ -88,31 +129,33 @@ def size(nbytes):
     return f"{nbytes / 1000**power:.{min(power, 1)}f} {('B', 'kB', 'MB', 'GB')[power]}"
 
 
-def summary(steps, ended, prompt):
+def summary(steps, ended, prompt, prefill_memory):
     """What a run took: a dict of plain numbers, in seconds and bytes."""
-    latency = torch.tensor([r["forward"] + r["coding"] for r in steps[1:]] or [0.0]).double()
-    unit = 1 if sys.platform == "darwin" else 1024  # of ru_maxrss
-    peak = (torch.cuda.max_memory_allocated(prompt.device) if prompt.is_cuda else
-            resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit)
+    # A step, once all is warm: in the second half.
+    latency = [r["forward"] + r["coding"] for r in steps[1:][len(steps) // 2:]]
+    latency = torch.tensor(latency or [0.0]).double()
     return {"prompt_tokens": prompt.shape[1], "new_tokens": len(steps), "ended": ended,
-            "prefill": steps[0]["forward"], "median": latency.median().item(),
-            "p95": latency.quantile(0.95).item(), "peak_memory": peak,
+            "prefill": steps[0]["forward"] + steps[0]["coding"],
+            "mean": latency.mean().item(), "median": latency.median().item(),
+            "p95": latency.quantile(0.95).item(), "prefill_memory": prefill_memory,
+            "peak_memory": peak_memory(prompt.device),
             "tokens_per_second": len(prompt) / max(latency.mean().item(), 1e-9),
             "cache": steps[-1]["bytes"]}
 
 
 def print_summary(name, s):
     cache = s["cache"]
-    prefill, median, p95 = (s[key] * 1e3 for key in ("prefill", "median", "p95"))
+    prefill, mean, median, p95 = (s[key] * 1e3 for key in ("prefill", "mean", "median", "p95"))
     parts = [f", {part} {size(cache[part])}" for part in ("codes", "buffer") if part in cache]
     print(f"{name}: {s['prompt_tokens']} + {s['new_tokens']} tokens, {s['ended']}\n"
-          f"  time      prefill {prefill:.1f} ms, then {median:.2f} ms a token (95 % within "
-          f"{p95:.2f}), {s['tokens_per_second']:.1f} tokens/s\n"
+          f"  time      prefill {prefill:.1f} ms, then {mean:.2f} ms a token (median {median:.2f}, "
+          f"95 % within {p95:.2f}), {s['tokens_per_second']:.1f} tokens/s\n"
           f"  cache     {size(cache['total'])}{''.join(parts)}: "
           f"{cache['total'] / cache['dense']:.1%} of a dense 16-bit cache ({size(cache['dense'])})")
     if "dictionaries" in cache:
         print(f"  constant  dictionaries {size(cache['dictionaries'])}, whatever context and batch")
-    print(f"  memory    at most {size(s['peak_memory'])} in use")
+    print(f"  memory    at most {size(s['prefill_memory'])} in use for the prompt, then "
+          f"{size(s['peak_memory'])}")
 
 
 @torch.inference_mode()
@@ -213,10 +256,16 @@ def parse_arguments():
     add("--sparsity", default="auto:20%", help="coefficients a vector, or auto:20%% (default): "
         "those that serve best when vectors take 20%% of their 16-bit size on average")
     add("--buffer", type=int, default=32, help="newest tokens kept dense (default 32)")
-    add("--window", type=int, default=1, help="tokens coded at a time (default 1)")
+    add("--window", type=int, default=16, help="tokens coded at a time (default 16)")
     add("--beam", type=int, default=1, help="width of the search (default 1: plain OMP)")
     add("--coding", choices=CODINGS, default="word", help="how codes are stored (default word)")
     add("--max-new-tokens", type=int, default=200)
+    add("--batch", type=int, default=1, help="copies of the prompt, decoded together (default 1)")
+    add("--prompt-length", type=int, metavar="N", help="N random tokens instead of a prompt")
+    add("--random-weights", action="store_true", help="for measuring: weights, dictionaries and "
+        "prompt are random, --model is any config.json")
+    add("--atoms", type=int, default=4096, help="atoms of random dictionaries (default 4096)")
+    add("--compile", action="store_true", help="torch.compile the layers (some seconds at first)")
     add("--temperature", type=float, default=0.0, help="0 (default): always the likeliest token")
     add("--top-p", type=float, default=1.0)
     add("--seed", type=int, default=0)
@@ -229,6 +278,8 @@ def parse_arguments():
     add("--json", metavar="FILE", help="write all figures there too")
     args = parser.parse_args()
     for given, good in ((f"--max-new-tokens {args.max_new_tokens}", args.max_new_tokens >= 1),
+                        (f"--batch {args.batch}", args.batch >= 1),
+                        (f"--prompt-length {args.prompt_length}", (args.prompt_length or 1) >= 1),
                         (f"--temperature {args.temperature}", args.temperature >= 0),
                         (f"--top-p {args.top_p}", 0 < args.top_p <= 1)):
         if not good:
@@ -242,78 +293,108 @@ def parse_arguments():
     return args
 
 
-def main():
-    args = parse_arguments()
-    text, config, device = read_prompt(args), Config.from_pretrained(args.model), args.device
-    if not args.dense:
-        path = args.dictionary or Dictionaries.find(args.model)
-        dictionaries = Dictionaries.load(path, device).check(config)
-        sparsity = read_sparsity(args.sparsity)
-        if isinstance(sparsity, float):
-            sparsity = dictionaries.allocate(sparsity, args.coding)
-    tokenizer = Tokenizer.from_pretrained(args.model)
-    prompt = torch.tensor([tokenizer.encode(text)], device=device)
+def load(args):
+    """Model, tokenizer (None beside random weights), dictionaries (None with --dense), prompt."""
+    config, device, dictionaries = Config.from_pretrained(args.model), args.device, None
+    dtype = args.dtype or ("float32" if device.type == "cpu" else None)
+    dtype = dtype and getattr(torch, dtype)
+    if args.random_weights:
+        torch.manual_seed(args.seed)
+        args.prompt_length = args.prompt_length or 512
+        model = Llama.random(config, device, dtype or torch.bfloat16, args.rank, args.ranks)
+        dictionaries, tokenizer = Dictionaries.random(config, args.atoms, device), None
+    else:
+        if not args.dense:
+            path = args.dictionary or Dictionaries.find(args.model)
+            dictionaries = Dictionaries.load(path, device).check(config)
+        tokenizer = Tokenizer.from_pretrained(args.model)
+        where = device if args.ranks == 1 else "cpu"
+        model = Llama.from_pretrained(args.model, where, dtype)
+        model = parallelize(model, args.rank, args.ranks).to(device)
+    if dictionaries and device.type == "cuda":  # as in the file; the kernels multiply it so
+        dictionaries.atoms = dictionaries.atoms.bfloat16()
+    if args.prompt_length:
+        generator = torch.Generator().manual_seed(args.seed)
+        shape = args.batch, args.prompt_length
+        prompt = torch.randint(config.vocab_size, shape, generator=generator).to(device)
+    else:
+        prompt = torch.tensor([tokenizer.encode(read_prompt(args))] * args.batch, device=device)
     if prompt.shape[1] > config.context:
         raise InputError(f"the prompt has {prompt.shape[1]} tokens, more than the model's context "
                          f"of {config.context}; shorten it")
-    dtype = args.dtype or ("float32" if device.type == "cpu" else None)
-    model = Llama.from_pretrained(args.model, device if args.ranks == 1 else "cpu",
-                                  dtype and getattr(torch, dtype))
-    model = parallelize(model, args.rank, args.ranks).to(device)
+    return model, tokenizer, dictionaries, prompt
+
+
+def main():
+    args = parse_arguments()
+    model, tokenizer, dictionaries, prompt = load(args)
+    config, device, sparsity = model.config, args.device, read_sparsity(args.sparsity)
+    if isinstance(sparsity, float) and dictionaries:
+        sparsity = dictionaries.allocate(sparsity, args.coding)
+    if args.compile:
+        compile_layers()
+    count = min(args.max_new_tokens, config.context - prompt.shape[1] + 1)
+    ends = set() if args.prompt_length else set(config.eos_ids)
 
     def new_cache(dense):
+        capacity = 0 if args.chat else prompt.shape[1] + count
         if dense:
-            return DenseCache(model.config, device=device, dtype=model.norm.weight.dtype)
-        return SparseCache(model.config, dictionaries, sparsity, args.buffer, args.window,
-                           beam=args.beam, coding=args.coding, dtype=torch.bfloat16)
+            return DenseCache(config, args.batch, capacity, device, model.norm.weight.dtype)
+        return SparseCache(config, dictionaries, sparsity, args.buffer, args.window, args.batch,
+                           capacity, args.beam, coding=args.coding, dtype=torch.bfloat16)
 
     if args.chat:
         return chat(args, model, tokenizer, new_cache(args.dense))
 
-    def run(dense, show=lambda record: None):
+    def run(dense, show=lambda step: None):
         """Generate with one cache: the list of steps, and their summary."""
-        generator = torch.Generator().manual_seed(args.seed)
-        count = min(args.max_new_tokens, config.context - prompt.shape[1] + 1)
+        generator, cache = torch.Generator().manual_seed(args.seed), new_cache(dense)
         steps, ended = [], "context full" if count < args.max_new_tokens else "as asked for"
+        record = device.type == "cuda" and args.ranks == 1 and cache.replayable
+        peak_memory(device)
 
         def choose(logits):
             return sample(logits, args.temperature, args.top_p, generator)
 
         show_progress(model, args.quiet)
         try:
-            for record in generate(model, new_cache(dense), prompt, count, choose):
-                steps.append(record)
-                show(record)
-                if record["tokens"][0].item() in config.eos_ids:
+            for step in generate(model, cache, prompt, count, choose, record):
+                if not steps:
+                    prefill_memory = peak_memory(device)
+                steps.append(step)
+                show(step)
+                if step["tokens"][0].item() in ends:
                     ended = "end of text"
                     break
         except KeyboardInterrupt:
             if not steps:  # nothing to sum up yet
                 sys.exit(130)
             ended = "interrupted"
-        return steps, summary(steps, ended, prompt)
+        return steps, summary(steps, ended, prompt, prefill_memory)
 
-    stream, new = tokenizer.stream(), []
+    stream, new = tokenizer.stream() if tokenizer else lambda token: "", []
 
-    def show(record):
-        new.append(record["tokens"][0].item())
-        piece, cache = stream(new[-1]), record["bytes"]
+    def show(step):
+        new.append(step["tokens"][0].item())
+        piece, cache = stream(new[-1]), step["bytes"]
         if args.quiet:
             print(piece, end="", flush=True)
         else:
-            print(f"{len(new):5d}  {piece!r:16.16}  {record['forward'] * 1e3:9.2f}  "
-                  f"{record['coding'] * 1e3:9.2f}  {size(cache['total']):>9}  "
+            print(f"{len(new):5d}  {piece!r:16.16}  {step['forward'] * 1e3:9.2f}  "
+                  f"{step['coding'] * 1e3:9.2f}  {size(cache['total']):>9}  "
                   f"{cache['total'] / cache['dense']:8.1%}", flush=True)
 
     if not args.quiet:
         print(" step  token             forward ms  coding ms      cache  of dense")
     steps, main_summary = run(args.dense, show)
     name, interrupted = "dense" if args.dense else "sparse", main_summary["ended"] == "interrupted"
-    figures = {"text": tokenizer.decode(new), name: main_summary}
+    figures = {"text": tokenizer.decode(new) if tokenizer else "", name: main_summary}
     if args.quiet:
         print(stream(None))
     else:
-        print(f"\n{text}{figures['text']}\n")
+        if not args.prompt_length:
+            print(f"\n{tokenizer.decode(prompt[0].tolist())}{figures['text']}")
+        print()
         print_summary(name, main_summary)
     if args.compare and not args.dense and not interrupted:
         dense, figures["dense"] = run(dense=True)

@@ -17,6 +17,7 @@ runs over both parts together. A prompt attends exactly, and is coded layer by l
 `python lexico.py` shows what sparsity costs and saves on the embedded model.
 """
 
+import functools
 import json
 import math
 import os
@@ -29,8 +30,13 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch.nn.attention.bias import causal_lower_right
 
-from model import InputError, best_device, find_file
-from omp import omp, omp_beam, omp_levels, reconstruct
+from model import Config, InputError, best_device, find_file
+from omp import jit, milliseconds, omp, omp_beam, omp_levels, on_gpu, reconstruct, tl
+
+try:
+    import triton
+except ImportError:  # as in omp.py
+    triton = None
 
 KEYS, VALUES = 0, 1  # the first dimension of everything that exists for both
 FORMAT = "lexico-dictionaries-1"
@@ -126,6 +132,13 @@ class Dictionaries:
         return cls(torch.stack((keys, values)).to(dtype), scale, about.pop("shape"), **about)
 
     @classmethod
+    def random(cls, config, n_atoms, device):
+        """Random atoms for a model of any shape, to measure time and memory with."""
+        shape = 2, config.n_layers, n_atoms, config.head_dim
+        scale = torch.full(shape[:2], 1 / 64, device=device)
+        return cls(F.normalize(torch.randn(shape, device=device), dim=-1), scale, config)
+
+    @classmethod
     def find(cls, model):
         """Path of a model's dictionary: in its folder, or where train_dict.py puts it."""
         path = find_file(model, "dictionary.safetensors", required=False)
@@ -190,7 +203,7 @@ class Codes:
 
     def write(self, rows, positions, x):
         """Code vectors x (n, B, H, T, m) of the dictionaries `rows` as tokens `positions` (T,)."""
-        D, Y = self.D[rows], x.flatten(1, 3).to(self.D.dtype)  # (n, N, m), (n, B H T, m)
+        D, Y = self.D[rows], x.flatten(1, 3).float()  # (n, N, m), (n, B H T, m)
         Y = Y / self.scale[rows, None, None]
         if self.coding == "word":
             indices, level, e = omp_levels(D, Y, self.sparsity, self.bits, self.beam)
@@ -247,14 +260,262 @@ def add_over_codes(w, p, indices, coefficients):
 
 
 # --------------------------------------------------------------------------------------------------
+# On a GPU
+#
+# One decoded token reads every code once: 3 s bytes for a key, 3 s for a value. Nothing else that
+# grows with the context may move, so the work at the codes happens in the processors' shared
+# memory. Four launches, of the same shape for every length (the number of coded tokens is read on
+# the device, and blocks with nothing to do leave at once), so that a CUDA graph can replay them:
+#
+#   products_and_ring  q D_k^T for all rows of q, on the tensor cores. In the same launch, for who
+#                      waits on nothing can share one: plain attention over the ring.
+#   codes              A block takes a chunk of one KV head's tokens, and copies the head's products
+#                      to shared memory, N atoms x G query heads. s look-ups make a token's scores,
+#                      which stay there, too; their maximum known, a second look turns them into
+#                      weights. The products' place becomes the values' table: for every token, add
+#                      weight x coefficient at its atoms. That table leaves, and 3 numbers.
+#   combine            The chunks' tables, each by its share of the softmax, in one: w (rows, N).
+#   addmm              w D_v, plus the ring's output.
+#
+# Sums of floats depend on the order in which threads come; sums of integers do not, and are what
+# shared memory adds by itself. So the table counts in fixed point. A chunk's weights are divided by
+# their sum, in which each counts with the scale of its token; then no entry can pass the LARGEST
+# coefficient, 2^30 stands for that, and 31 bits are enough. The same bits come out every run.
+#
+# What costs time in the end is that 32 threads ask for 32 random atoms, and those in one bank of
+# the memory wait for each other. Hence products in half precision, and hence two neighbouring
+# threads (LANES) that share a token's values, each for half the heads: fewer atoms meet.
+#
+# This one is CUDA C++, for Triton knows no look-ups in shared memory; torch compiles it when it is
+# first called. Constants in capitals come from compile_codes. GP is G, rounded up to a power of 2.
+# A code is aligned so that a thread reads it in pieces of up to 16 bytes, the next token's while it
+# works at this one's. Coefficients become floats without a conversion: E4M3's bits move to their
+# places in a float, which is 2^120 too small then; a level's bits become the last ones of a float
+# 2^23 + LARGEST + level.
+
+CODES = r"""
+typedef unsigned char u8;
+typedef unsigned short u16;
+__device__ float to_float(u16 h) { float x; asm("cvt.f32.f16 %0, %1;":"=f"(x):"h"(h)); return x; }
+__device__ u16 to_half(float x) { u16 y; asm("cvt.rn.f16.f32 %0, %1;":"=h"(y):"f"(x)); return y; }
+__device__ float power(float x) { asm("ex2.approx.ftz.f32 %0, %0;" : "+f"(x)); return x; }
+__device__ float scale(u8 e) { return BITS ? power(e / 16.0f - 8) : 1; }
+__device__ constexpr int piece(int bytes) { return bytes % 16 ? bytes & -bytes : 16; }
+struct __align__(2 * GP) Products { u16 at[GP]; };
+struct __align__(piece(4 * GP)) Scores { float at[GP]; };
+template <int S> struct Code {
+  struct __align__(piece(2 * S)) First { u16 at[S]; } first;
+  struct __align__(piece(BITS ? 1 : S)) Second { u8 at[BITS ? 1 : S]; } second;
+  __device__ Code(const u16* firsts, const u8* seconds, size_t token)
+      : first(((const First*)firsts)[token]), second(((const Second*)seconds)[token]) {}
+  __device__ int atom(int j) { return first.at[j] >> BITS; }
+  __device__ float coefficient(int j) {
+    int level = first.at[j] & (2 * LARGEST - 1), e4m3 = (second.at[BITS ? 0 : j] << 24) >> 4;
+    return BITS ? __int_as_float(level ^ (0x4b000000 | LARGEST)) - (8388608 + LARGEST)
+                : __int_as_float(e4m3 & 0x87f00000) * 1.329227995784916e36f;
+  }
+};
+template <bool MAX, int COUNT> __device__ void reduce(float* x) {  // over all threads, to all
+  __shared__ float parts[COUNT][32];
+  for (int round = 0; round < 2; round++) {              // within each warp, then over the warps
+    for (int i = 0; i < COUNT; i++) {
+      if (round) x[i] = parts[i][threadIdx.x % 32];
+      for (int step = 16; step; step /= 2) {
+        float other = __shfl_xor_sync(~0u, x[i], step);
+        x[i] = MAX ? fmaxf(x[i], other) : x[i] + other;
+      }
+      if (!round && threadIdx.x % 32 == 0) parts[i][threadIdx.x / 32] = x[i];
+    }
+    __syncthreads();
+  }
+}
+extern "C" __global__ void __launch_bounds__(1024) codes(
+    const u16* products, const u16* k_first, const u8* k_second, const u16* v_first,
+    const u8* v_second, const long long* n_coded, int capacity, float4* stats, u16* tables) {
+  extern __shared__ uint4 shared[];
+  Products* table = (Products*)shared;                   // (N,), and later in its place
+  int* values = (int*)shared;                            // (GP / LANES, N, LANES), and behind both
+  Scores* scores = (Scores*)(values + GP * N);           // (count,)
+  int n = *n_coded, length = max((n + CHUNKS - 1) / CHUNKS, SHORTEST), begin = blockIdx.x * length;
+  int head = blockIdx.y, count = min(length, n - begin), thread = threadIdx.x;
+  if (count <= 0) return;
+  size_t token = (size_t)head * capacity + begin;        // the first of the chunk
+  Code<S_K> key(k_first, k_second, token + min(thread, count - 1));
+  for (int i = thread; i < N; i += 1024)
+    for (int g = 0; g < G; g++) table[i].at[g] = products[((size_t)head * G + g) * N + i];
+  __syncthreads();
+  float top[G], sums[2 * G] = {};                        // of weights; of weights times scales
+  for (int g = 0; g < G; g++) top[g] = -1e30f;
+  for (int t = thread; t < count; t += 1024) {           // scores
+    Code<S_K> code = key;
+    key = Code<S_K>(k_first, k_second, token + min(t + 1024, count - 1));
+    float unit = scale(k_second[token + t]);
+    Scores score = {};
+    for (int j = 0; j < S_K; j++) {
+      Products x = table[code.atom(j)];
+      for (int g = 0; g < G; g++) score.at[g] += code.coefficient(j) * to_float(x.at[g]);
+    }
+    for (int g = 0; g < G; g++) top[g] = fmaxf(top[g], score.at[g] *= unit);
+    scores[t] = score;
+  }
+  int lane = thread % LANES, first = thread / LANES, step = 1024 / LANES;
+  Code<S_V> value(v_first, v_second, token + min(first, count - 1));
+  reduce<true, G>(top);
+  for (int i = thread; i < N * GP / 4; i += 1024) shared[i] = make_uint4(0, 0, 0, 0);
+  for (int t = thread; t < count; t += 1024) {           // weights
+    float unit = scale(v_second[token + t]);
+    for (int g = 0; g < G; g++) {
+      float weight = power(scores[t].at[g] - top[g]);
+      sums[g] += weight;
+      sums[G + g] += scores[t].at[g] = weight * unit;
+    }
+  }
+  reduce<false, 2 * G>(sums);
+  float units[GP / LANES] = {}, weight[GP / LANES];      // of the heads lane, lane + LANES, ...
+  for (int g = 0; g < G; g++)
+    if (g % LANES == lane) units[g / LANES] = (1 << 30) / (LARGEST * sums[G + g]);
+  for (int t = first; t < count; t += step) {            // the values' table
+    Code<S_V> code = value;
+    value = Code<S_V>(v_first, v_second, token + min(t + step, count - 1));
+    for (int k = 0; k < GP / LANES; k++) weight[k] = scores[t].at[k * LANES + lane] * units[k];
+    for (int j = 0; j < S_V; j++)
+      for (int k = 0; k < GP / LANES; k++)
+        if (k * LANES + lane < G) atomicAdd(&values[(k * N + code.atom(j)) * LANES + lane],
+                                            __float2int_rn(weight[k] * code.coefficient(j)));
+  }
+  __syncthreads();
+  for (int g = 0; g < G; g++) {
+    size_t chunk = ((size_t)head * G + g) * CHUNKS + blockIdx.x;
+    for (int i = thread; i < N; i += 1024)               // 2^30 leaves as 2^15, in half precision
+      tables[chunk * N + i] = to_half(values[(g / LANES * N + i) * LANES + g % LANES] / 32768.0f);
+    if (thread == 0) stats[chunk] = make_float4(top[g], sums[g], sums[G + g], 0);
+  }
+}
+"""
+SHORTEST = 256  # tokens of a chunk, at least
+
+
+@functools.lru_cache(None)
+def compile_codes(shared, **constants):
+    options = [f"-D{name}={value}" for name, value in constants.items()]
+    kernel = torch.cuda._compile_kernel(CODES, "codes", nvcc_options=options)
+    kernel.set_shared_memory_config(shared)
+    return kernel
+
+
+@jit
+def products_and_ring(q, D, scale, keys, values, seen, products, ring_out, rows, heads, slots, N,
+                      G: tl.constexpr, M: tl.constexpr, TILE: tl.constexpr, BLOCK: tl.constexpr):
+    program, m = tl.program_id(0).to(tl.int64), tl.arange(0, M)[None, :]
+    unit = 1.4426950408889634 / M**0.5                   # the softmax counts in powers of two
+    if program >= heads:                                 # TILE rows of q with BLOCK atoms
+        r = (program - heads) // (N // BLOCK) * TILE + tl.arange(0, TILE)[:, None]
+        n = (program - heads) % (N // BLOCK) * BLOCK + tl.arange(0, BLOCK)[:, None]
+        product = tl.dot(tl.load(q + r * M + m, mask=r < rows, other=0.0),
+                         tl.trans(tl.load(D + n * M + m))) * (unit * tl.load(scale))
+        tl.store(products + r * N + tl.trans(n), product, mask=r < rows)
+    else:                                                # a head's G rows, BLOCK slots at a time
+        g = tl.arange(0, 16)[:, None]
+        row = program * G + g
+        x = tl.load(q + row * M + m, mask=g < G, other=0.0)
+        top, total = tl.full([16, 1], -1e30, tl.float32), tl.zeros([16, 1], tl.float32)
+        out = tl.zeros([16, M], tl.float32)
+        for start in range(0, slots, BLOCK):
+            slot = start + tl.arange(0, BLOCK)
+            keep = tl.load(seen + slot, mask=slot < slots, other=0) != 0
+            at = (program * slots + slot[:, None]) * M + m
+            k = tl.load(keys + at, mask=keep[:, None], other=0.0)
+            v = tl.load(values + at, mask=keep[:, None], other=0.0)
+            scores = tl.where(keep[None, :], tl.dot(x, tl.trans(k)) * unit, -1e30)
+            higher = tl.maximum(top, tl.max(scores, axis=1, keep_dims=True))
+            p = tl.where(keep[None, :], tl.exp2(scores - higher), 0.0)
+            fade, top = tl.exp2(top - higher), higher
+            total = total * fade + tl.sum(p, axis=1, keep_dims=True)
+            out = out * fade + tl.dot(p.to(v.dtype), v)
+        to = ring_out + row * (M + 2)                    # the output, and beside it top and sum
+        tl.store(to + m, out, mask=g < G)
+        tl.store(to + M, top, mask=g < G)
+        tl.store(to + M + 1, total, mask=g < G)
+
+
+@jit
+def combine(tables, stats, ring_out, scale, n_coded, w, base, unit, N, CHUNKS: tl.constexpr,
+            SHORTEST: tl.constexpr, PADDED: tl.constexpr, M: tl.constexpr, BLOCK: tl.constexpr):
+    row, n = tl.program_id(0).to(tl.int64), tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    coded, c, m = tl.load(n_coded), tl.arange(0, PADDED), tl.arange(0, M)
+    used = c < tl.cdiv(coded, tl.maximum(tl.cdiv(coded, CHUNKS), SHORTEST))
+    chunk, ring_out = row * CHUNKS + c, ring_out + row * (M + 2)
+    x = tl.load(tables + chunk[:, None] * N + n, mask=used[:, None], other=0.0).to(tl.float32)
+    tops = tl.load(stats + chunk * 4, mask=used, other=-1e30)
+    sums = tl.load(stats + chunk * 4 + 1, mask=used, other=0.0)
+    scaled_sums = tl.load(stats + chunk * 4 + 2, mask=used, other=0.0)
+    ring_top = tl.load(ring_out + M)
+    top = tl.maximum(tl.max(tops, axis=0), ring_top)
+    share, ring_share = tl.exp2(tops - top), tl.exp2(ring_top - top)
+    total = tl.sum(share * sums, axis=0) + ring_share * tl.load(ring_out + M + 1)
+    x = tl.sum(x * (share * scaled_sums)[:, None], axis=0) * (unit * tl.load(scale) / total)
+    tl.store(w + row * N + n, x)
+    if tl.program_id(1) == 0:
+        tl.store(base + row * M + m, tl.load(ring_out + m) * (ring_share / total))
+
+
+def attention_fits(D, config, sparsity, coding):
+    """Whether attend_codes serves a cache of this shape with dictionaries D (N, m)."""
+    if not on_gpu(D) or D.dtype != torch.bfloat16 or coding == "float32":
+        return False
+    (N, m), G = D.shape, config.n_heads // config.kv_heads
+    table = 4 * triton.next_power_of_2(G) * (N + 1024)
+    return m in (64, 128) and N % 64 == 0 and G <= 8 and sparsity <= 32 and table <= (
+        torch.cuda.get_device_properties(D.device).shared_memory_per_block_optin - 3072)
+
+
+def attend_codes(q, key_codes, value_codes, n_coded, ring, seen, bits):
+    """Attention of one new token of each sequence over its codes and its ring, in one softmax.
+
+    q: (B, G H, m). key_codes, value_codes: D (N, m), its scale () and the two parts of the codes,
+    (B, H, capacity, .), the first n_coded tokens of which count; n_coded () is on the device.
+    ring: (2, B, H, slots, m), of it seen (slots,). bits: see Codes. Returns (B, G H, m).
+    """
+    (Dk, k_scale, *k_parts), (Dv, v_scale, *v_parts) = key_codes, value_codes
+    (B, H, slots, M), (N, capacity) = ring.shape[1:], (len(Dk), k_parts[0].shape[2])
+    heads, rows, G = B * H, B * q.shape[1], q.shape[1] // H
+    GP, largest = triton.next_power_of_2(G), 1 << bits - 1 if bits else 448
+    # As many chunks as fill the processors, and more if a chunk's scores had no room.
+    chip = torch.cuda.get_device_properties(q.device)
+    shared = chip.shared_memory_per_block_optin - 3072  # reduce needs a little, too
+    room = shared // (4 * GP) - N - 256
+    chunks = max(chip.multi_processor_count // heads, triton.cdiv(capacity, room), 1)
+    longest = max(SHORTEST, triton.cdiv(capacity, chunks))
+    new = functools.partial(torch.empty, device=q.device)
+    products, tables = (new(rows, n, N, dtype=torch.float16) for n in (1, chunks))
+    stats, ring_out = new(rows, chunks, 4), new(rows, M + 2)
+    w, base = new(rows, N, dtype=q.dtype), new(rows, M, dtype=q.dtype)
+    tile = 16 if rows <= 128 else 64
+    products_and_ring[(heads + triton.cdiv(rows, tile) * (N // 64),)](
+        q, Dk, k_scale, *ring, seen, products, ring_out, rows, heads, slots, N, G, M, tile, 64)
+    codes = compile_codes(
+        shared, N=N, G=G, GP=GP, LANES=min(GP, 2), S_K=k_parts[0].shape[3],
+        S_V=v_parts[0].shape[3], BITS=bits, LARGEST=largest, CHUNKS=chunks, SHORTEST=SHORTEST)
+    codes((chunks, heads, 1), (1024, 1, 1), [
+        products, *k_parts, *v_parts, n_coded, capacity, stats, tables], 4 * GP * (N + longest))
+    wide = triton.next_power_of_2(chunks)
+    block = min(N, 2**14 // wide)
+    combine[rows, N // block](tables, stats, ring_out, v_scale, n_coded, w, base, largest / 2**15,
+                              N, chunks, SHORTEST, wide, M, block)
+    return torch.addmm(base, w, Dv).view_as(q)
+
+
+# --------------------------------------------------------------------------------------------------
 # Caches
 
 class DenseCache:
     """Every key and value as it is: the baseline, (2, L, B, H, capacity, m)."""
 
+    replayable = True
+
     def __init__(self, config, batch=1, capacity=0, device=None, dtype=torch.float32):
         self.config, self.length = config, 0
-        self.kv = torch.empty(2, config.n_layers, batch, config.kv_heads, capacity,
+        self.kv = torch.zeros(2, config.n_layers, batch, config.kv_heads, capacity,
                               config.head_dim, device=device or best_device(), dtype=dtype)
         self.position = torch.zeros((), dtype=torch.long, device=self.kv.device)
 
@@ -263,17 +524,29 @@ class DenseCache:
         start, end = self.length, self.length + q.shape[2]
         if end > self.kv.shape[4]:
             old, capacity = self.kv, max(end, 2 * start)
-            self.kv = old.new_empty(*old.shape[:4], capacity, old.shape[5])
+            self.kv = old.new_zeros(*old.shape[:4], capacity, old.shape[5])
             self.kv[..., :start, :] = old[..., :start, :]
-        self.kv[KEYS, layer, :, :, start:end] = k
-        self.kv[VALUES, layer, :, :, start:end] = v
+        if layer == 0:
+            self.new = self.position + torch.arange(end - start, device=q.device)  # (T,)
+        for x, cached in zip((k, v), self.kv[:, layer]):
+            cached.index_copy_(2, self.new, x.to(cached.dtype))
+        keys, values = self.kv[:, layer].to(q.dtype)
+        if q.is_cuda and end - start == 1:  # the same launch for every length: a step can be replayed
+            if layer == 0:
+                self.seen = torch.arange(keys.shape[2], device=q.device) <= self.position
+            mask = self.seen.expand(len(q), 1, 1, -1)
+        else:
+            keys, values = keys[:, :, :end], values[:, :, :end]
+            mask = causal_lower_right(end - start, end) if start and end - start > 1 else None
         if layer == self.config.n_layers - 1:
-            self.length = end
             self.position += end - start
-        keys, values = self.kv[:, layer, :, :, :end]
-        mask = causal_lower_right(end - start, end) if start and end - start > 1 else None
-        return F.scaled_dot_product_attention(q, keys.to(q.dtype), values.to(q.dtype), mask,
-                                              is_causal=start == 0, enable_gqa=True)
+            self.count(end - start)
+        return F.scaled_dot_product_attention(q, keys, values, mask, is_causal=start == 0 and
+                                              mask is None, enable_gqa=True)
+
+    def count(self, tokens):
+        """Count tokens that have come (the device counts for itself)."""
+        self.length += tokens
 
     def nbytes(self):
         used = self.kv[..., :self.length, :].numel()
@@ -314,10 +587,12 @@ class SparseCache:
         self.groups, self.place = [], {}  # place: (kind, layer) -> its codes, and the row there
         for s in sorted(set(flat)):
             members = [i for i, of in enumerate(flat) if of == s]
-            rows = members if len(members) < len(flat) else slice(None)  # all: views, no copies
+            rows = slice(None)  # of all: a view, no copy
+            if len(members) < len(flat):
+                rows = torch.tensor(members, device=atoms.device)
             codes = Codes(atoms[rows], scale[rows], s, batch, config.kv_heads, coding, beam, tol)
             codes.reserve(max(0, capacity - buffer))
-            self.groups.append((members, codes))
+            self.groups.append((rows, codes))
             for row, i in enumerate(members):
                 self.place[divmod(i, config.n_layers)] = codes, row
         # Token t waits in slot t mod (buffer + window). Keys carry their position (they are kept
@@ -329,6 +604,19 @@ class SparseCache:
         self.length = self.coded = 0
         self.position, self.n_coded = torch.zeros(2, dtype=torch.long, device=atoms.device)
         self.slots = torch.arange(buffer + window, device=atoms.device)
+        # With kernels for every part, a step is the same launches at every length.
+        self.fused = attention_fits(self.codes_of(KEYS, 0)[0], config, max(flat), coding)
+        self.replayable = self.fused and beam == 1 and tol is None
+
+    def codes_of(self, kind, layer):
+        """Atoms (N, m), their scale, and the codes' two parts (B, H, capacity, .)."""
+        codes, row = self.place[kind, layer]
+        return codes.D[row], codes.scale[row], *(part[row] for part in codes.parts)
+
+    @property
+    def full(self):
+        """Whether it is time to code the oldest tokens of the ring."""
+        return self.length - self.coded >= self.buffer + self.window
 
     def attend(self, layer, q, k, v):
         """Append k, v (B, H, T, m), attend with q (B, G H, T, m): the output, shaped as q."""
@@ -337,23 +625,33 @@ class SparseCache:
             out = self._prefill(layer, q, k, v)
         else:
             if layer == 0:
-                self.compress()
+                if self.full:
+                    self.compress()
                 self.slot = self.position.view(1) % len(self.slots)
                 age = (self.position - self.slots) % len(self.slots)  # 0: the newest token
                 self.seen = age <= self.position - self.n_coded
             ring = self.ring[:, layer]
             ring[KEYS].index_copy_(2, self.slot, k.to(ring.dtype))
             ring[VALUES].index_copy_(2, self.slot, v.to(ring.dtype))
-            out = self._attend(layer, q, *ring, self.seen[None])
+            out = self.attend_one(layer, q)
         if last:
             coded = max(self.coded, self.length + T - self.buffer) if T > 1 else self.coded
-            self.advance(T, coded - self.coded)
+            self.position += T
+            self.n_coded += coded - self.coded
+            self.count(T, coded - self.coded)
         return out
 
-    def advance(self, tokens, coded):
-        """Count tokens that have come and tokens that were coded."""
-        self.position += tokens
-        self.n_coded += coded
+    def attend_one(self, layer, q):
+        """Attention of the newest token, once it is in the ring: q and output (B, G H, 1, m)."""
+        ring = self.ring[:, layer]
+        if not (self.fused and q.dtype == ring.dtype == torch.bfloat16):
+            return self._attend(layer, q, *ring, self.seen[None])
+        return attend_codes(q[:, :, 0], self.codes_of(KEYS, layer), self.codes_of(VALUES, layer),
+                            self.n_coded, ring, self.seen,
+                            self.place[KEYS, layer][0].bits)[:, :, None]
+
+    def count(self, tokens, coded=0):
+        """Count tokens that have come and that were coded (the device counts for itself)."""
         self.length += tokens
         self.coded += coded
 
@@ -381,20 +679,18 @@ class SparseCache:
         return out
 
     def compress(self):
-        """Code what overflows the buffer, for all layers, keys and values together.
+        """Code the oldest `window` tokens of the ring, for all layers, keys and values together.
 
-        Called by every decoding step that finds the buffer full. A caller that wants to time it,
-        or to have it done while it waits, calls it between steps.
+        Called by every decoding step that finds the ring full. A caller that wants to time it, or
+        to have it done while it waits, calls it between steps.
         """
-        if self.length - self.coded < self.buffer + self.window:
-            return
         positions = self.n_coded + torch.arange(self.window, device=self.ring.device)
         oldest = self.ring.index_select(4, positions % len(self.slots)).flatten(0, 1)
-        for members, codes in self.groups:
+        for rows, codes in self.groups:
             codes.reserve(self.coded + self.window)
-            x = oldest if len(members) == len(oldest) else oldest[members]
-            codes.write(slice(None), positions, x)  # (n, B, H, window, m)
-        self.advance(0, self.window)
+            codes.write(slice(None), positions, oldest[rows])  # (n, B, H, window, m)
+        self.n_coded += self.window
+        self.count(0, self.window)
 
     def round_trip(self, layer, x):
         """Vectors x (2, B, H, T, m) of a layer as their codes give them back: to look at. Attention
@@ -452,6 +748,40 @@ class SparseCache:
                 "allocated": reserved + self.ring.nbytes + dictionaries}
 
 
+def attention_table(device):
+    """Microseconds of one decoded token's attention in one layer of Llama-3.1-8B's shape (N = 4096,
+    s = 8, 128 tokens in the buffer): over a dense cache, and over codes that use all atoms alike or,
+    as real ones do, some far more than others (Zipf)."""
+    cuda = device.type == "cuda"
+    dtype, L = (torch.bfloat16, 8) if cuda else (torch.float32, 1)  # layers in turn: caches are cold
+    config = Config(vocab_size=1, dim=4096, n_layers=L, n_heads=32, kv_heads=8, head_dim=128,
+                    ffn_dim=1, context=1)
+    d = Dictionaries.random(config, 4096, device)
+    d.atoms = d.atoms.to(dtype)
+    lengths = (2048, 8192, 32768, 131072) if cuda else (8192, 32768)
+    print("us a layer           dense        fp8   fp8 Zipf       word  word Zipf   on", device)
+    for batch, T in [(1, T) for T in lengths] + [(32, 8192)] * cuda:
+        q = torch.randn(batch, 32, 1, 128, device=device).to(dtype)
+        kv = torch.randn(L, 2, batch, 8, T, 128, device=device, dtype=dtype)
+        row = [milliseconds(lambda: [F.scaled_dot_product_attention(q, *layer, enable_gqa=True)
+                                     for layer in kv])]
+        del kv
+        for coding in ("fp8", "word"):
+            cache = SparseCache(config, d, 8, 128, batch=batch, capacity=T, coding=coding, dtype=dtype)
+            cache.seen = cache.slots < 128
+            cache.count(T, T - 128)
+            cache.n_coded += T - 128
+            [(_, codes)] = cache.groups
+            first, second = codes.parts
+            for zipf in (False, True):
+                u = torch.rand(first.shape, device=device)
+                word = (4096**u - 1 if zipf else 4096 * u).int() << codes.bits
+                first.copy_(word - (word >= 1 << 15) * (1 << 16))
+                second.copy_(torch.full(second.shape, 100) if coding == "word" else 2 * u - 1)
+                row.append(milliseconds(lambda: [cache.attend_one(i, q) for i in range(L)]))
+        print(f"{batch:2d} x {T:6d} tokens" + "".join(f"{1e3 * ms / L:11.1f}" for ms in row))
+
+
 if __name__ == "__main__":  # what sparsity saves and what it costs, decoding a text
     import time
 
@@ -474,10 +804,12 @@ if __name__ == "__main__":  # what sparsity saves and what it costs, decoding a 
         with torch.inference_mode():
             logits, start = [model(tokens[:, :384], cache)[:, -1]], time.perf_counter()
             logits += [model(token, cache)[:, -1] for token in tokens[:, 384:].split(1, dim=1)]
-        milliseconds = (time.perf_counter() - start) * 1e3 / 64
+        each = (time.perf_counter() - start) * 1e3 / 64
         q = torch.cat(logits).log_softmax(-1)
         if name == "dense":
             full = q
         kl = F.kl_div(q, full, log_target=True, reduction="none").sum(-1).mean().item()
         print(f"{name:8}{nbytes:16d}  {nbytes / (2 * model.config.head_dim):9.1%}  {kl:11.4f}  "
-              f"{milliseconds:10.2f}")
+              f"{each:10.2f}")
+    with torch.inference_mode():
+        attention_table(device)

@@ -182,16 +182,11 @@ class Attention(nn.Module):
         self.v_proj = nn.Linear(config.dim, kv_dim, bias=config.qkv_bias)
         self.o_proj = nn.Linear(q_dim, config.dim, bias=config.out_bias)
 
-    def forward(self, x, cos, sin, cache):
-        B, T, _ = x.shape
-        q, k, v = (project(x).view(B, T, -1, self.head_dim).transpose(1, 2)  # (B, H, T, m)
+    def project(self, x, cos, sin):
+        """Queries, keys and values of x (B, T, dim), each (B, heads, T, m)."""
+        q, k, v = (project(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
                    for project in (self.q_proj, self.k_proj, self.v_proj))
-        q, k = rotate(q, cos, sin), rotate(k, cos, sin)
-        if cache is None:
-            out = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
-        else:
-            out = cache.attend(self.layer, q, k, v)  # (B, H, T, m)
-        return self.o_proj(out.transpose(1, 2).reshape(B, T, -1))
+        return rotate(q, cos, sin), rotate(k, cos, sin), v
 
 
 class MLP(nn.Module):
@@ -206,6 +201,8 @@ class MLP(nn.Module):
 
 
 class Layer(nn.Module):
+    decode = None  # begin and end for a single token, once compile_layers was called
+
     def __init__(self, config, layer):
         super().__init__()
         self.self_attn = Attention(config, layer)
@@ -213,11 +210,30 @@ class Layer(nn.Module):
         self.input_layernorm = nn.RMSNorm(config.dim, eps=config.norm_eps)
         self.post_attention_layernorm = nn.RMSNorm(config.dim, eps=config.norm_eps)
 
+    def begin(self, x, cos, sin):
+        return self.self_attn.project(self.input_layernorm(x), cos, sin)
+
+    def end(self, x, out):
+        x = x + self.self_attn.o_proj(out)
+        return x + self.mlp(self.post_attention_layernorm(x))
+
     def forward(self, x, cos, sin, cache):
-        x = x + self.self_attn(self.input_layernorm(x), cos, sin, cache)
-        # A long prompt passes the MLP in pieces: its hidden layer is the widest tensor of all.
-        return torch.cat([part + self.mlp(self.post_attention_layernorm(part))
-                          for part in x.split(4096, dim=1)], dim=1)
+        begin, end = Layer.decode if Layer.decode and x.shape[1] == 1 else (Layer.begin, Layer.end)
+        q, k, v = begin(self, x, cos, sin)  # (B, H, T, m)
+        if cache is None:
+            out = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+        else:
+            out = cache.attend(self.self_attn.layer, q, k, v)  # (B, H, T, m)
+        out = out.transpose(1, 2).flatten(2)  # (B, T, H m)
+        # A long prompt goes on in pieces: the MLP's hidden layer is the widest tensor of all.
+        pieces = [end(self, *piece) for piece in zip(x.split(4096, dim=1), out.split(4096, dim=1))]
+        return torch.cat(pieces, dim=1) if len(pieces) > 1 else pieces[0]
+
+
+def compile_layers():
+    """torch.compile what stands around attention when one token passes: its small operations become
+    few kernels. Prompts differ in length and gain little, so they pass as they are."""
+    Layer.decode = torch.compile(Layer.begin), torch.compile(Layer.end)
 
 
 class Llama(nn.Module):

@@ -18,8 +18,24 @@ system, U z = Q y. No (N x N) Gram matrix is needed, and nothing loops over vect
 `python omp.py` compares the coders on keys and values of the embedded model.
 """
 
+import functools
+import os
+import sys
+import time
+
 import torch
 import torch.nn.functional as F
+
+try:
+    import triton
+    import triton.language as tl
+    from triton import jit
+except ImportError:  # the kernels below stay text, and torch does the work
+    class tl:
+        constexpr = None
+
+    def jit(function=None, **options):
+        return function or jit
 
 CHUNK = 2**24  # correlations held at a time: 64 MB in float32, whatever the number of vectors
 
@@ -34,6 +50,8 @@ def omp(D, Y, sparsity, tol=None):
     dtype, float32 at least. Coefficients that are not needed are 0: zero vectors, a residual that
     is used up, a vector that met tol. Raises ValueError for shapes or a sparsity that do not fit.
     """
+    if tol is None and fits(D, Y, sparsity):
+        return over_chunks(omp_fused, D, Y, sparsity, 0)
     return over_chunks(pursue, D, Y, sparsity, 1, tol)
 
 
@@ -50,7 +68,11 @@ def omp_beam(D, Y, sparsity, width):
 
 @torch.no_grad()
 def over_chunks(coder, D, Y, sparsity, cost, *arguments):
-    """Check the arguments, bring them to (L, N, m) and (L, B, m), run coder over pieces of B."""
+    """Check the arguments, bring them to (L, N, m) and (L, B, m), run coder over pieces of B.
+
+    cost: numbers that a coder holds for a vector and an atom at a time; 0: a kernel, which holds
+    none and takes all at once.
+    """
     if D.dim() not in (2, 3) or D.dim() != Y.dim() or D.shape[-1] != Y.shape[-1]:
         raise ValueError(f"D {tuple(D.shape)} and Y {tuple(Y.shape)} do not fit: (N, m), (B, m) "
                          "or (L, N, m), (L, B, m)")
@@ -58,11 +80,11 @@ def over_chunks(coder, D, Y, sparsity, cost, *arguments):
     if not 1 <= sparsity <= min(N, m):
         raise ValueError(f"sparsity {sparsity} is not within 1 .. {min(N, m)} (N = {N}, m = {m})")
     dtype = torch.promote_types(Y.dtype, torch.float32)
-    D3 = D.to(dtype).reshape(-1, N, m).contiguous()
+    D3 = (D.to(dtype) if cost else D).reshape(-1, N, m).contiguous()
     Y3 = Y.to(dtype).reshape(-1, *Y.shape[-2:])
     if D3.shape[0] != Y3.shape[0]:
         raise ValueError(f"{D3.shape[0]} dictionaries for {Y3.shape[0]} batches of vectors")
-    pieces = Y3.split(max(1, CHUNK // (D3.shape[0] * N * cost)), dim=1)
+    pieces = Y3.split(max(1, CHUNK // (D3.shape[0] * N * cost)), dim=1) if cost else [Y3]
     parts = [coder(D3, piece, sparsity, *arguments) for piece in pieces]
     return tuple(torch.cat(part, dim=1).view(*Y.shape[:-1], -1) for part in zip(*parts))
 
@@ -188,6 +210,8 @@ def omp_levels(D, Y, sparsity, bits, width=1):
     A coefficient is level * 2^(e / 16 - 8) with |level| < 2^(bits - 1) and e in 0 .. 255.
     Returns indices and levels (..., B, s) and e (..., B, 1), int64.
     """
+    if width == 1 and fits(D, Y, sparsity):
+        return over_chunks(omp_levels_fused, D, Y, sparsity, 0, bits)
     return over_chunks(pursue_levels, D, Y, sparsity, width**2, bits, width)
 
 
@@ -216,6 +240,264 @@ def pursue_levels(D, Y, sparsity, bits, width):
         new = (part / step).round().clamp(-limit, limit)  # (L, B, 1)
         residual, level[..., j] = residual - new * step * atom, new[..., 0]
     return indices, level.long(), e.long()
+
+
+# --------------------------------------------------------------------------------------------------
+# On a GPU
+#
+# A step of OMP is one large product, all atoms with all residuals, and a little algebra on the
+# atoms that won. Done one operation at a time, the correlations (vectors x atoms, float32) go out
+# to memory only to be read back and reduced to one index each, s times over. Here they never leave
+# the registers they are computed in:
+#
+#   - A program keeps the residuals of ROWS vectors in shared memory, as bf16 for the tensor cores,
+#     and streams the dictionary past them, ATOMS atoms at a time: 2 N m bytes for each step, from
+#     the L2 cache where a dictionary (1 MB) stays. Besides, k rows of the float32 basis for each
+#     vector in step k. Nothing else moves.
+#   - Every register keeps its own running maximum of |correlation|. Threads compare theirs once,
+#     when the sweep is over. The number of the winning tile rides in the lowest bits of the float
+#     itself (positive floats sort like integers), so that the maximum alone is enough.
+#   - Only the choice of the atom sees bf16. A correlation that is off by 2^-9 may swap two atoms
+#     that are nearly as good; the refit of the one chosen is exact to float32, and the next step
+#     chooses for what it really left. The error of the codes is that of float32 throughout.
+#   - Few vectors (one decoded token) would leave most of the chip idle. Then SPLIT programs share
+#     a dictionary: each sweeps its part, they agree by an atomic maximum, and wait for each other.
+#     They all must run at once, so only as many are started as the chip has processors.
+#   - Many vectors share the scratch of few programs: each takes group after group of ROWS vectors.
+
+
+@jit
+def column(x, k):
+    """Column k of x (ROWS, columns), as (ROWS, 1)."""
+    return tl.sum(tl.where(tl.arange(0, x.shape[1])[None, :] == k, x, 0), axis=1)[:, None]
+
+
+@jit
+def sweep(D, residual, first, TILES: tl.constexpr, TILE_BITS: tl.constexpr, ATOMS: tl.constexpr):
+    """The atom of largest |<r, d_n>|, among TILES tiles of ATOMS atoms, for residual (ROWS, M).
+
+    Returns (ROWS, 1) the correlations as integers to compare by, and the indices of the atoms.
+    """
+    M: tl.constexpr = residual.shape[1]
+    tile = tl.arange(0, ATOMS)[:, None] * M + tl.arange(0, M)[None, :]
+    r = tl.trans(residual.to(D.dtype.element_ty))  # (M, ROWS)
+    best = tl.zeros([ATOMS, residual.shape[0]], tl.int32)
+    for t in range(TILES):
+        i = first + t
+        correlation = tl.dot(tl.load(D + i * ATOMS * M + tile), r)  # (ATOMS, ROWS)
+        # Clear the sign and the bits that the number of the tile takes.
+        size = correlation.to(tl.int32, bitcast=True) & (0x7FFFFFFF - TILE_BITS)
+        best = tl.maximum(best, size | i)
+    value, place = tl.max(best, axis=0, return_indices=True)  # (ROWS,)
+    return value[:, None], ((value & TILE_BITS) * ATOMS + place)[:, None]
+
+
+@jit(do_not_specialize=["items", "B"])
+def omp_kernel(Y, D, D_half, scratch, sync, indices, coefficients, items, B, SIZE: tl.constexpr,
+               N: tl.constexpr, M: tl.constexpr, S: tl.constexpr, S_PADDED: tl.constexpr,
+               ROWS: tl.constexpr, BLOCK: tl.constexpr, ATOMS: tl.constexpr,
+               TILE_BITS: tl.constexpr, SPLIT: tl.constexpr):
+    """OMP of B vectors for each dictionary; an item of work is ROWS vectors of one of them."""
+    TILES: tl.constexpr = N // ATOMS // SPLIT
+    part, groups = tl.program_id(0) % SPLIT, tl.cdiv(B, ROWS)
+    r, m, j = tl.arange(0, ROWS)[:, None], tl.arange(0, M)[None, :], tl.arange(0, S_PADDED)[None, :]
+    residual = scratch + tl.program_id(0).to(tl.int64) * SIZE  # the scratch of this program
+    basis = residual + ROWS * M
+    triangle = basis + S * ROWS * M  # T of A = Q T, column k in row k; row S is z
+    picks = triangle + (S + 1) * ROWS * S_PADDED
+    for item in range(tl.program_id(0) // SPLIT, items, tl.num_programs(0) // SPLIT):
+        dictionary, group = (item // groups).to(tl.int64), item % groups
+        row, real = dictionary * B + group * ROWS + r, r < B - group * ROWS  # (ROWS, 1)
+        tl.store(residual + r * M + m, tl.load(Y + row * M + m, mask=real, other=0.0))
+        for k in range(S):
+            # 1. The choice, agreed with the programs that sweep the other parts.
+            tl.debug_barrier()
+            value, pick = sweep(D_half + dictionary * N * M, tl.load(residual + r * M + m),
+                                part * TILES, TILES, TILE_BITS, ATOMS)  # (ROWS, 1)
+            if SPLIT > 1:
+                winner = sync + items + row * S + k
+                tl.atomic_max(winner, value.to(tl.int64) << 32 | pick, mask=real)
+                tl.debug_barrier()
+                tl.atomic_add(sync + item, 1, sem="release")
+                while tl.atomic_add(sync + item, 0, sem="acquire") < SPLIT * (k + 1):
+                    pass
+                winner = tl.load(winner, mask=real, other=0, cache_modifier=".cg")
+                pick = (winner & 0xFFFFFFFF).to(tl.int32)
+            tl.store(picks + r * S_PADDED + k, pick.to(tl.float32))  # exact: less than 2^24
+            tl.debug_barrier()
+            for b in range(ROWS // BLOCK):  # as many vectors at a time as registers hold
+                a = b * BLOCK + tl.arange(0, BLOCK)[:, None]
+                here, corner = a * M + m, a * S_PADDED
+                # 2. Gram-Schmidt: what of the new atom is orthogonal to those chosen before. One
+                # that adds no direction (it came again: nothing is left) gets the coefficient 0.
+                new = tl.load(picks + corner + k).to(tl.int32)  # (BLOCK, 1)
+                atom = tl.load(D + (dictionary * N + new) * M + m).to(tl.float32)  # (BLOCK, M)
+                for i in range(k):
+                    q = tl.load(basis + i * ROWS * M + here)
+                    p = tl.sum(atom * q, axis=1)[:, None]
+                    atom -= p * q
+                    tl.store(triangle + k * ROWS * S_PADDED + corner + i, p)
+                norm2 = tl.sum(atom * atom, axis=1)[:, None]
+                scale = tl.where(norm2 > 1e-8, 1 / tl.sqrt(tl.maximum(norm2, 1e-8)), 0.0)
+                tl.store(triangle + k * ROWS * S_PADDED + corner + k, scale)  # 1 / T[k, k]
+                # 3. The refit: take the new direction out of the residual.
+                q = atom * scale
+                tl.store(basis + k * ROWS * M + here, q)
+                rest = tl.load(residual + here)
+                projection = tl.sum(rest * q, axis=1)[:, None]
+                tl.store(residual + here, rest - projection * q)
+                tl.store(triangle + S * ROWS * S_PADDED + corner + k, projection)
+        tl.debug_barrier()
+        # 4. The coefficients: T c = z, from the last one back.
+        z = tl.load(triangle + (S * ROWS + r) * S_PADDED + j, mask=j < S, other=0.0)
+        for i in range(S):
+            k = S - 1 - i
+            T = triangle + (k * ROWS + r) * S_PADDED + j
+            T = tl.load(T, mask=j <= k, other=0.0)  # (ROWS, S_PADDED)
+            c = column(z * T, k)
+            z = tl.where(j == k, c, z - T * c)
+        # 5. Distinct indices: an atom that came again gives way to the first one that is free.
+        chosen = tl.load(picks + r * S_PADDED + j, mask=j < S, other=-1).to(tl.int32)
+        again = chosen < -1
+        for k in range(S):
+            again |= (chosen == column(chosen, k)) & (j > k) & (j < S)
+        if tl.max(tl.max((again & real).to(tl.int32), axis=1), axis=0) > 0:
+            for n in range(S):
+                free = tl.max((chosen == n).to(tl.int32), axis=1)[:, None] == 0
+                place = (j == tl.min(tl.where(again, j, S_PADDED), axis=1)[:, None]) & free
+                chosen, again = tl.where(place, n, chosen), again ^ place
+        if part == 0:
+            tl.store(indices + row * S + j, chosen, mask=real & (j < S))
+            tl.store(coefficients + row * S + j, z, mask=real & (j < S))
+
+
+@jit(do_not_specialize=["B"])
+def levels_kernel(Y, D, D_half, indices, coefficients, levels, exponents, B, N: tl.constexpr,
+                  M: tl.constexpr, S: tl.constexpr, S_PADDED: tl.constexpr, ROWS: tl.constexpr,
+                  ATOMS: tl.constexpr, TILE_BITS: tl.constexpr, LIMIT: tl.constexpr,
+                  ANEW: tl.constexpr):
+    """The descent of pursue_levels, ROWS vectors a program: only the atoms they chose move."""
+    groups = tl.cdiv(B, ROWS)
+    dictionary, group = (tl.program_id(0) // groups).to(tl.int64), tl.program_id(0) % groups
+    r, m, j = tl.arange(0, ROWS)[:, None], tl.arange(0, M)[None, :], tl.arange(0, S_PADDED)[None, :]
+    row, real = dictionary * B + group * ROWS + r, r < B - group * ROWS  # (ROWS, 1)
+    chosen = tl.load(indices + row * S + j, mask=real & (j < S), other=0)  # (ROWS, S_PADDED)
+    z = tl.load(coefficients + row * S + j, mask=real & (j < S), other=0.0)
+    e = tl.ceil(16 * (tl.log2(tl.max(tl.abs(z), axis=1)[:, None] / LIMIT) + 8))
+    e = tl.minimum(tl.maximum(e, 0.0), 255.0)  # (ROWS, 1)
+    step = tl.exp2(e / 16 - 8)
+    level = nearest(z / step, LIMIT)
+    residual = tl.load(Y + row * M + m, mask=real, other=0.0)  # (ROWS, M)
+    for k in range(S):
+        atom = tl.load(D + (dictionary * N + column(chosen, k)) * M + m).to(tl.float32)
+        residual -= column(level, k) * step * atom
+    for turn in range((2 + ANEW) * S):
+        k = tl.where(turn < 2 * S, turn % S, 3 * S - 1 - turn)
+        atom = tl.load(D + (dictionary * N + column(chosen, k)) * M + m).to(tl.float32)
+        residual += column(level, k) * step * atom
+        if ANEW:
+            if turn >= 2 * S:
+                _, pick = sweep(D_half + dictionary * N * M, residual, 0, N // ATOMS, TILE_BITS,
+                                ATOMS)
+                chosen = tl.where(j == k, pick, chosen)
+                atom = tl.load(D + (dictionary * N + column(chosen, k)) * M + m).to(tl.float32)
+        part = tl.sum(residual * atom, axis=1) / tl.sum(atom * atom, axis=1)
+        new = nearest(part[:, None] / step, LIMIT)  # (ROWS, 1)
+        residual -= new * step * atom
+        level = tl.where(j == k, new, level)
+    tl.store(indices + row * S + j, chosen, mask=real & (j < S))
+    tl.store(levels + row * S + j, level.to(tl.int64), mask=real & (j < S))
+    tl.store(exponents + row, e.to(tl.int64), mask=real)
+
+
+@jit
+def nearest(x, LIMIT: tl.constexpr):
+    """x rounded to an integer within the limits, halves to even: 1.5 * 2^23 leaves no fraction."""
+    return (tl.minimum(tl.maximum(x, -LIMIT), LIMIT) + 12582912.0) - 12582912.0
+
+
+def fits(D, Y, sparsity):
+    """Whether the kernels take D and Y (see omp)."""
+    N, m = D.shape[-2:]
+    return (on_gpu(D) and D.dtype in (torch.bfloat16, torch.float32) and Y.dtype != torch.float64
+            and m in (64, 128) and N % 256 == 0 and N <= 2**15 and sparsity <= 32 and Y.numel() > 0)
+
+
+@functools.lru_cache(None)
+def kernels_serve(device):
+    """Whether this GPU can run our kernels; if not, a line says why, once."""
+    if os.environ.get("LEXICO_KERNELS") == "0":
+        return False
+    try:
+        if torch.version.hip or torch.cuda.get_device_capability(device) < (8, 0):
+            raise RuntimeError("the kernels need an NVIDIA GPU of compute capability 8.0")
+        if "triton" not in globals():
+            raise RuntimeError("Triton is not installed")
+        torch.cuda._compile_kernel('extern "C" __global__ void nothing() {}', "nothing")
+        return True
+    except (AttributeError, RuntimeError, OSError) as error:
+        print(f"no kernels here ({str(error).splitlines()[0]}): torch serves", file=sys.stderr)
+        return False
+
+
+def on_gpu(x):
+    return x.is_cuda and kernels_serve(x.device)
+
+
+def plan(D, B):
+    """ROWS, BLOCK, ATOMS, bits for a tile's number, processors, and options for the compiler.
+
+    Few vectors wait for the memory and want long tiles in flight; many feed the tensor cores and
+    want three programs on a processor.
+    """
+    rows, block, atoms, processors, options = 16, 16, 64, 1, {}  # for Triton's interpreter
+    if D.is_cuda:
+        chip = torch.cuda.get_device_properties(D.device)
+        processors, options = chip.multi_processor_count, dict(num_warps=8, num_stages=3)
+        if B > 16:
+            rows, block, options = 64, 32, dict(num_warps=4, num_stages=3, maxnreg=168)
+        elif chip.shared_memory_per_block_optin > 200_000:
+            atoms = 256
+    return rows, block, atoms, triton.next_power_of_2(D.shape[1] // atoms) - 1, processors, options
+
+
+def omp_fused(D, Y, sparsity):
+    """pursue, for D (L, N, m) in bf16 or float32 and Y (L, B, m) that fit: one launch."""
+    (L, N, m), B, padded = D.shape, Y.shape[1], triton.next_power_of_2(sparsity)
+    rows, block, atoms, tile_bits, processors, options = plan(D, B)
+    items, split = L * triton.cdiv(B, rows), 1
+    while 2 * split * items <= processors and N % (2 * split * atoms) == 0:
+        split *= 2
+    # Numbers of scratch a program needs. 256 MB of it serve any number of vectors.
+    size = rows * ((1 + sparsity) * m + (2 + sparsity) * padded)
+    programs = min(items * split, 3 * processors, 2**26 // size)
+    scratch = torch.empty(programs * size, dtype=torch.float32, device=D.device)
+    sync = items + L * B * sparsity if split > 1 else 1  # a counter an item, a winner a choice
+    sync = torch.zeros(sync, dtype=torch.int64, device=D.device)
+    indices = torch.empty(L, B, sparsity, dtype=torch.int64, device=D.device)
+    coefficients = torch.empty(L, B, sparsity, dtype=torch.float32, device=D.device)
+    omp_kernel[(programs,)](
+        Y.float().contiguous(), D.contiguous(), half(D), scratch, sync, indices, coefficients,
+        items, B, size, N, m, sparsity, padded, rows, block, atoms, tile_bits, split, **options)
+    return indices, coefficients
+
+
+def omp_levels_fused(D, Y, sparsity, bits):
+    """pursue_levels of width 1, for D and Y that fit: two launches."""
+    (L, N, m), B, padded = D.shape, Y.shape[1], triton.next_power_of_2(sparsity)
+    indices, coefficients = omp_fused(D, Y, sparsity)
+    rows, _, atoms, tile_bits, _, options = plan(D, B if bits <= 4 else 1)
+    levels, e = torch.empty_like(indices), torch.empty_like(indices[..., :1])
+    levels_kernel[(L * triton.cdiv(B, rows),)](
+        Y.float().contiguous(), D.contiguous(), half(D), indices, coefficients, levels, e, B, N, m,
+        sparsity, padded, rows, atoms, tile_bits, 2.0 ** (bits - 1) - 1, bits <= 4,
+        **options | dict(maxnreg=None))
+    return indices, levels, e
+
+
+def half(D):
+    """D for the sweep: in bf16. Triton's interpreter, on a CPU, cannot multiply that."""
+    return (D.bfloat16() if D.is_cuda else D.float()).contiguous()
 
 
 # --------------------------------------------------------------------------------------------------
@@ -262,9 +544,31 @@ def relative_error(D, Y, indices, coefficients):
     return difference.norm(dim=-1) / Y.norm(dim=-1).clamp(min=1e-12)
 
 
-if __name__ == "__main__":  # the paper's comparison of coders, beam search added, on real vectors
-    import time
+def milliseconds(function, runs=9):
+    """Median time of function(), after a warm-up; on a GPU as a CUDA graph, the device's time."""
+    times = []
+    function()
+    if not torch.cuda.is_available():
+        for _ in range(runs):
+            start = time.perf_counter()
+            function()
+            times.append(1e3 * (time.perf_counter() - start))
+        return sorted(times)[runs // 2]
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        function()
+    for _ in range(2 * runs):  # the first half warms the clocks
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        graph.replay()
+        end.record()
+        end.synchronize()
+        times.append(start.elapsed_time(end))
+    return sorted(times[runs:])[runs // 2]
 
+
+if __name__ == "__main__":  # the paper's comparison of coders, beam search added, on real vectors
     from safetensors.torch import load_file
 
     from model import Llama, Tokenizer, best_device, find_file
@@ -298,3 +602,14 @@ if __name__ == "__main__":  # the paper's comparison of coders, beam search adde
                 error = relative_error(D, Y, *codes).mean().item()  # waits for the device
                 row += f"          {error:.3f} {(time.perf_counter() - start) * 1e3:5.0f}"
             print(row)
+
+    # Random vectors in Llama-3.1-8B's shape: a decoded token of all layers, and a prompt of one.
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    print("ms to code, m = 128, on", device)
+    for L, B in ((64, 8), (1, 20_000)) if device.type == "cuda" else ((4, 8), (1, 1000)):
+        for N, s in ((4096, 8), (4096, 16), (2048, 8)):
+            D = F.normalize(torch.randn(L, N, 128, device=device), dim=-1).to(dtype)
+            Y = torch.randn(L, B, 128, device=device)
+            print(f"  {L:2d} x {B:5d} vectors, N = {N}, s = {s:2d}: "
+                  f"fp8 {milliseconds(lambda: omp(D, Y, s)):8.3f}, "
+                  f"word {milliseconds(lambda: omp_levels(D, Y, s, 17 - N.bit_length())):8.3f}")

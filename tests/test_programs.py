@@ -51,8 +51,8 @@ GOLDEN = ", there was a little girl named Lily. She loved to play with her toys 
 
 
 def test_a_line_for_every_token_then_the_text_the_summaries_and_how_far_they_agree(tmp_path):
-    code, out, _ = call("generate.py --compare --max-new-tokens 40 --buffer 16 --sparsity 6 "
-                        f"--coding fp8 --json {tmp_path}/out.json")
+    code, out, _ = call("generate.py --compare --max-new-tokens 40 --buffer 16 --window 1 "
+                        f"--sparsity 6 --coding fp8 --json {tmp_path}/out.json")
     lines = re.findall(r"^ +(\d+)  .{16} +([\d.]+) +([\d.]+) +([\d.]+ \wB) +([\d.]+)%$", out, re.M)
     assert code == 0 and [int(line[0]) for line in lines] == list(range(1, 41))
     assert float(lines[0][4]) >= 100 and float(lines[-1][4]) < 75  # codes take over from the buffer
