@@ -46,13 +46,11 @@ def omp(D, Y, sparsity, tol=None):
     D: (N, m) atoms of unit norm, or (L, N, m), a batch of dictionaries.
     Y: (B, m) vectors, or (L, B, m), each coded over the dictionary of its batch.
     tol: stop a vector once its relative error ||y - z D|| / ||y|| is at most tol (default: never).
-    Returns indices (..., B, s) int64, distinct in each vector, and coefficients (..., B, s) in Y's
-    dtype, float32 at least. Coefficients that are not needed are 0: zero vectors, a residual that
-    is used up, a vector that met tol. Raises ValueError for shapes or a sparsity that do not fit.
+    Returns indices (..., B, s) int64 and coefficients (..., B, s) in Y's dtype, float32 at least.
+    Coefficients that are not needed are 0: zero vectors, a residual that is used up, a vector that
+    met tol. Atoms of the others are distinct. Raises ValueError for what does not fit.
     """
-    if tol is None and fits(D, Y, sparsity):
-        return over_chunks(omp_fused, D, Y, sparsity, 0)
-    return over_chunks(pursue, D, Y, sparsity, 1, tol)
+    return code(D, Y, sparsity, tol=tol)
 
 
 def omp_beam(D, Y, sparsity, width):
@@ -63,29 +61,40 @@ def omp_beam(D, Y, sparsity, width):
     The greedy support always keeps its place, so the result is never worse than omp's; width 1 is
     omp, and with room for every support it is exhaustive search. Arguments and results as for omp.
     """
-    return over_chunks(pursue_beam, D, Y, sparsity, width**2, width)
+    return code(D, Y, sparsity, width)
+
+
+def omp_levels(D, Y, sparsity, bits, width=1):
+    """OMP (or beam search) with coefficients of few bits: multiples of a step for each vector.
+
+    A coefficient is level * 2^(e / 16 - 8) with |level| < 2^(bits - 1) and e in 0 .. 255.
+    Returns indices and levels (..., B, s) and e (..., B, 1), int64.
+    """
+    return code(D, Y, sparsity, width, bits=bits)
 
 
 @torch.no_grad()
-def over_chunks(coder, D, Y, sparsity, cost, *arguments):
-    """Check the arguments, bring them to (L, N, m) and (L, B, m), run coder over pieces of B.
-
-    cost: numbers that a coder holds for a vector and an atom at a time; 0: a kernel, which holds
-    none and takes all at once.
-    """
+def code(D, Y, sparsity, width=1, tol=None, bits=0):
+    """All of the above: check the arguments, bring them to (L, N, m) and (L, B, m), and pursue, by
+    the GPU's kernel where that serves, else piece by piece of B."""
     if D.dim() not in (2, 3) or D.dim() != Y.dim() or D.shape[-1] != Y.shape[-1]:
         raise ValueError(f"D {tuple(D.shape)} and Y {tuple(Y.shape)} do not fit: (N, m), (B, m) "
                          "or (L, N, m), (L, B, m)")
     N, m = D.shape[-2:]
     if not 1 <= sparsity <= min(N, m):
         raise ValueError(f"sparsity {sparsity} is not within 1 .. {min(N, m)} (N = {N}, m = {m})")
-    dtype = torch.promote_types(Y.dtype, torch.float32)
-    D3 = (D.to(dtype) if cost else D).reshape(-1, N, m).contiguous()
-    Y3 = Y.to(dtype).reshape(-1, *Y.shape[-2:])
-    if D3.shape[0] != Y3.shape[0]:
-        raise ValueError(f"{D3.shape[0]} dictionaries for {Y3.shape[0]} batches of vectors")
-    pieces = Y3.split(max(1, CHUNK // (D3.shape[0] * N * cost)), dim=1) if cost else [Y3]
-    parts = [coder(D3, piece, sparsity, *arguments) for piece in pieces]
+    D3, Y3 = D.reshape(-1, N, m), Y.reshape(-1, *Y.shape[-2:])
+    if len(D3) != len(Y3):
+        raise ValueError(f"{len(D3)} dictionaries for {len(Y3)} batches of vectors")
+    if width == 1 and tol is None and fits(D3, Y3, sparsity):
+        parts = [omp_fused(D3, Y3, sparsity, bits)]
+    else:
+        dtype = torch.promote_types(Y.dtype, torch.float32)
+        D3, Y3, parts = D3.to(dtype), Y3.to(dtype), []
+        for piece in Y3.split(max(1, CHUNK // (len(D3) * N * width**2)), dim=1):
+            found = (pursue_beam(D3, piece, sparsity, width) if width > 1 else
+                     pursue(D3, piece, sparsity, tol))
+            parts.append(solve(D3, *found, bits))
     return tuple(torch.cat(part, dim=1).view(*Y.shape[:-1], -1) for part in zip(*parts))
 
 
@@ -111,16 +120,31 @@ def gather_atoms(D, indices):
     return rows.view(*indices.shape, m)
 
 
-def solve_upper(Q, atoms, Qy):
-    """Coefficients (..., s) from basis and atoms (..., s, m) and projections Qy (..., s)."""
-    U = (Q @ atoms.mT).triu()  # atoms = U^T Q
+def solve(D, indices, Q, Qy, bits=0):
+    """What a pursuit ends with: its indices (L, B, s) and the coefficients of those atoms, from the
+    basis Q (L, B, s, m) of their span and y's coordinates in it, Qy (L, B, s).
+
+    With bits, levels (see omp_levels): coefficients are rounded on the way, from the last one back,
+    and each makes up for the rounding of those after it (Babai 1986, the nearest plane).
+    """
+    U = (Q @ gather_atoms(D, indices).mT).triu()  # atoms = U^T Q
     diagonal = U.diagonal(dim1=-2, dim2=-1)
     diagonal.masked_fill_(diagonal == 0, 1)  # an atom that added nothing: its q and Qy are 0
-    return torch.linalg.solve_triangular(U, Qy[..., None], upper=True)[..., 0]
+    z = torch.linalg.solve_triangular(U, Qy[..., None], upper=True)[..., 0]
+    if not bits:
+        return indices, z
+    limit, level = 2 ** (bits - 1) - 1, torch.zeros_like(z)
+    e = 16 * (torch.log2(z.abs().amax(dim=-1, keepdim=True) / limit) + 8)  # the largest about fits
+    e = e.round().clamp(0, 255)  # (L, B, 1)
+    U, Qy = U * torch.exp2(e / 16 - 8)[..., None], Qy.clone()  # U in steps
+    for k in reversed(range(z.shape[-1])):
+        level[..., k] = (Qy[..., k] / U[..., k, k]).round().clamp(-limit, limit)
+        Qy -= U[..., k] * level[..., k, None]
+    return indices, level.long(), e.long()
 
 
 def pursue(D, Y, sparsity, tol=None):
-    """OMP for D (L, N, m) and Y (L, B, m): indices and coefficients (L, B, s)."""
+    """OMP for D (L, N, m) and Y (L, B, m): indices (L, B, s), and Q and Qy (see solve)."""
     L, B, m = Y.shape
     indices = torch.zeros(L, B, sparsity, dtype=torch.long, device=Y.device)
     Q = Y.new_zeros(L, B, sparsity, m)  # orthonormal basis of the chosen atoms
@@ -144,11 +168,11 @@ def pursue(D, Y, sparsity, tol=None):
         Q[..., k, :] = q
         Qy[..., k] = projection = (residual * q).sum(-1)
         residual = residual - projection[..., None] * q
-    return indices, solve_upper(Q, gather_atoms(D, indices), Qy)
+    return indices, Q, Qy
 
 
 def pursue_beam(D, Y, sparsity, width):
-    """Beam search for D (L, N, m) and Y (L, B, m): indices and coefficients (L, B, s)."""
+    """Beam search for D (L, N, m) and Y (L, B, m): indices (L, B, s), and Q and Qy (see solve)."""
     (L, N, m), B, W = D.shape, Y.shape[1], 1  # W beams now: one empty support, later up to width
     label = torch.randint(2**62, (N,), generator=torch.Generator().manual_seed(0)).to(Y.device)
     indices = torch.zeros(L, B, W, 0, dtype=torch.long, device=Y.device)
@@ -189,8 +213,7 @@ def pursue_beam(D, Y, sparsity, width):
         residual = take(residual, parent) - step[..., None] * q
         error = residual.square().sum(-1).masked_fill(take(after, keep).isinf(), torch.inf)
     first = error.argmin(dim=-1, keepdim=True)  # (L, B, 1)
-    Q, Qy, indices = (take(x, first)[:, :, 0] for x in (Q, Qy, indices))
-    return indices, solve_upper(Q, gather_atoms(D, indices), Qy)
+    return tuple(take(x, first)[:, :, 0] for x in (indices, Q, Qy))
 
 
 def reconstruct(D, indices, coefficients):
@@ -202,44 +225,6 @@ def reconstruct(D, indices, coefficients):
     out = F.embedding_bag(indices.flatten(0, -2), table, mode="sum",
                           per_sample_weights=coefficients.flatten(0, -2).to(table.dtype))
     return out.view(*indices.shape[:-1], -1)
-
-
-def omp_levels(D, Y, sparsity, bits, width=1):
-    """OMP (or beam search) with coefficients of few bits: multiples of a step for each vector.
-
-    A coefficient is level * 2^(e / 16 - 8) with |level| < 2^(bits - 1) and e in 0 .. 255.
-    Returns indices and levels (..., B, s) and e (..., B, 1), int64.
-    """
-    if width == 1 and fits(D, Y, sparsity):
-        return over_chunks(omp_levels_fused, D, Y, sparsity, 0, bits)
-    return over_chunks(pursue_levels, D, Y, sparsity, width**2, bits, width)
-
-
-def pursue_levels(D, Y, sparsity, bits, width):
-    """omp_levels for D (L, N, m) and Y (L, B, m).
-
-    Levels are found one at a time, all else fixed: the best for an atom rounds its part of what
-    the others leave, and so corrects their rounding. Twice round; and where levels are coarse, once
-    more, last atom first, each atom chosen anew (one may then come twice: its levels add up).
-    """
-    indices, z = pursue_beam(D, Y, sparsity, width) if width > 1 else pursue(D, Y, sparsity)
-    limit = 2 ** (bits - 1) - 1
-    e = 16 * (torch.log2(z.abs().amax(dim=-1, keepdim=True) / limit) + 8)  # the largest just fits
-    e = e.ceil().clamp(0, 255)  # (L, B, 1)
-    step = torch.exp2(e / 16 - 8)
-    level, atoms = (z / step).round(), gather_atoms(D, indices)  # (L, B, s), (L, B, s, m)
-    residual = Y - (level[..., None, :] * step[..., None] @ atoms)[..., 0, :]
-    anew = [*reversed(range(sparsity))] if bits <= 4 else []
-    for turn, j in enumerate([*range(sparsity)] * 2 + anew):
-        residual = residual + level[..., j, None] * step * atoms[..., j, :]
-        if turn >= 2 * sparsity:
-            indices[..., j] = argmax_rows((residual @ D.mT).abs_())
-            atoms[..., j, :] = gather_atoms(D, indices[..., j])
-        atom = atoms[..., j, :]
-        part = (residual * atom).sum(-1, keepdim=True) / (atom * atom).sum(-1, keepdim=True)
-        new = (part / step).round().clamp(-limit, limit)  # (L, B, 1)
-        residual, level[..., j] = residual - new * step * atom, new[..., 0]
-    return indices, level.long(), e.long()
 
 
 # --------------------------------------------------------------------------------------------------
@@ -292,11 +277,26 @@ def sweep(D, residual, first, TILES: tl.constexpr, TILE_BITS: tl.constexpr, ATOM
     return value[:, None], ((value & TILE_BITS) * ATOMS + place)[:, None]
 
 
+@jit
+def substitute(z, triangle, r, j, step, ROWS: tl.constexpr, S: tl.constexpr,
+               S_PADDED: tl.constexpr, LIMIT: tl.constexpr):
+    """Solve T c = z (ROWS, S_PADDED) from the last coefficient back; LIMIT: in levels (see solve),
+    rounded by adding 1.5 * 2^23, which leaves a float no room for a fraction."""
+    for i in range(S):
+        k = S - 1 - i
+        T = tl.load(triangle + (k * ROWS + r) * S_PADDED + j, mask=j <= k, other=0.0)
+        c = column(z * T, k)  # 1 / T[k, k] is what is stored there
+        if LIMIT > 0:
+            c = tl.minimum(tl.maximum(c / step, -LIMIT), LIMIT) + 12582912.0 - 12582912.0
+        z = tl.where(j == k, c, z - T * (c * step))
+    return z
+
+
 @jit(do_not_specialize=["items", "B"])
-def omp_kernel(Y, D, D_half, scratch, sync, indices, coefficients, items, B, SIZE: tl.constexpr,
-               N: tl.constexpr, M: tl.constexpr, S: tl.constexpr, S_PADDED: tl.constexpr,
+def omp_kernel(Y, D, D_half, scratch, sync, indices, coefficients, exponents, items, B,
+               SIZE: tl.constexpr, N: tl.constexpr, M: tl.constexpr, S: tl.constexpr, S_PADDED: tl.constexpr,
                ROWS: tl.constexpr, BLOCK: tl.constexpr, ATOMS: tl.constexpr,
-               TILE_BITS: tl.constexpr, SPLIT: tl.constexpr):
+               TILE_BITS: tl.constexpr, SPLIT: tl.constexpr, LIMIT: tl.constexpr):
     """OMP of B vectors for each dictionary; an item of work is ROWS vectors of one of them."""
     TILES: tl.constexpr = N // ATOMS // SPLIT
     part, groups = tl.program_id(0) % SPLIT, tl.cdiv(B, ROWS)
@@ -348,72 +348,19 @@ def omp_kernel(Y, D, D_half, scratch, sync, indices, coefficients, items, B, SIZ
                 tl.store(residual + here, rest - projection * q)
                 tl.store(triangle + S * ROWS * S_PADDED + corner + k, projection)
         tl.debug_barrier()
-        # 4. The coefficients: T c = z, from the last one back.
+        # 4. The coefficients.
         z = tl.load(triangle + (S * ROWS + r) * S_PADDED + j, mask=j < S, other=0.0)
-        for i in range(S):
-            k = S - 1 - i
-            T = triangle + (k * ROWS + r) * S_PADDED + j
-            T = tl.load(T, mask=j <= k, other=0.0)  # (ROWS, S_PADDED)
-            c = column(z * T, k)
-            z = tl.where(j == k, c, z - T * c)
-        # 5. Distinct indices: an atom that came again gives way to the first one that is free.
-        chosen = tl.load(picks + r * S_PADDED + j, mask=j < S, other=-1).to(tl.int32)
-        again = chosen < -1
-        for k in range(S):
-            again |= (chosen == column(chosen, k)) & (j > k) & (j < S)
-        if tl.max(tl.max((again & real).to(tl.int32), axis=1), axis=0) > 0:
-            for n in range(S):
-                free = tl.max((chosen == n).to(tl.int32), axis=1)[:, None] == 0
-                place = (j == tl.min(tl.where(again, j, S_PADDED), axis=1)[:, None]) & free
-                chosen, again = tl.where(place, n, chosen), again ^ place
+        c = substitute(z, triangle, r, j, 1.0, ROWS, S, S_PADDED, 0)
+        if LIMIT > 0:
+            e = tl.floor(16 * (tl.log2(tl.max(tl.abs(c), axis=1)[:, None] / LIMIT) + 8) + 0.5)
+            e = tl.minimum(tl.maximum(e, 0.0), 255.0)  # (ROWS, 1)
+            c = substitute(z, triangle, r, j, tl.exp2(e / 16 - 8), ROWS, S, S_PADDED, LIMIT)
+            tl.store(exponents + row, e.to(tl.int64), mask=real)
         if part == 0:
+            chosen = tl.load(picks + r * S_PADDED + j, mask=j < S, other=0.0).to(tl.int64)
+            c = c.to(coefficients.dtype.element_ty)
             tl.store(indices + row * S + j, chosen, mask=real & (j < S))
-            tl.store(coefficients + row * S + j, z, mask=real & (j < S))
-
-
-@jit(do_not_specialize=["B"])
-def levels_kernel(Y, D, D_half, indices, coefficients, levels, exponents, B, N: tl.constexpr,
-                  M: tl.constexpr, S: tl.constexpr, S_PADDED: tl.constexpr, ROWS: tl.constexpr,
-                  ATOMS: tl.constexpr, TILE_BITS: tl.constexpr, LIMIT: tl.constexpr,
-                  ANEW: tl.constexpr):
-    """The descent of pursue_levels, ROWS vectors a program: only the atoms they chose move."""
-    groups = tl.cdiv(B, ROWS)
-    dictionary, group = (tl.program_id(0) // groups).to(tl.int64), tl.program_id(0) % groups
-    r, m, j = tl.arange(0, ROWS)[:, None], tl.arange(0, M)[None, :], tl.arange(0, S_PADDED)[None, :]
-    row, real = dictionary * B + group * ROWS + r, r < B - group * ROWS  # (ROWS, 1)
-    chosen = tl.load(indices + row * S + j, mask=real & (j < S), other=0)  # (ROWS, S_PADDED)
-    z = tl.load(coefficients + row * S + j, mask=real & (j < S), other=0.0)
-    e = tl.ceil(16 * (tl.log2(tl.max(tl.abs(z), axis=1)[:, None] / LIMIT) + 8))
-    e = tl.minimum(tl.maximum(e, 0.0), 255.0)  # (ROWS, 1)
-    step = tl.exp2(e / 16 - 8)
-    level = nearest(z / step, LIMIT)
-    residual = tl.load(Y + row * M + m, mask=real, other=0.0)  # (ROWS, M)
-    for k in range(S):
-        atom = tl.load(D + (dictionary * N + column(chosen, k)) * M + m).to(tl.float32)
-        residual -= column(level, k) * step * atom
-    for turn in range((2 + ANEW) * S):
-        k = tl.where(turn < 2 * S, turn % S, 3 * S - 1 - turn)
-        atom = tl.load(D + (dictionary * N + column(chosen, k)) * M + m).to(tl.float32)
-        residual += column(level, k) * step * atom
-        if ANEW:
-            if turn >= 2 * S:
-                _, pick = sweep(D_half + dictionary * N * M, residual, 0, N // ATOMS, TILE_BITS,
-                                ATOMS)
-                chosen = tl.where(j == k, pick, chosen)
-                atom = tl.load(D + (dictionary * N + column(chosen, k)) * M + m).to(tl.float32)
-        part = tl.sum(residual * atom, axis=1) / tl.sum(atom * atom, axis=1)
-        new = nearest(part[:, None] / step, LIMIT)  # (ROWS, 1)
-        residual -= new * step * atom
-        level = tl.where(j == k, new, level)
-    tl.store(indices + row * S + j, chosen, mask=real & (j < S))
-    tl.store(levels + row * S + j, level.to(tl.int64), mask=real & (j < S))
-    tl.store(exponents + row, e.to(tl.int64), mask=real)
-
-
-@jit
-def nearest(x, LIMIT: tl.constexpr):
-    """x rounded to an integer within the limits, halves to even: 1.5 * 2^23 leaves no fraction."""
-    return (tl.minimum(tl.maximum(x, -LIMIT), LIMIT) + 12582912.0) - 12582912.0
+            tl.store(coefficients + row * S + j, c, mask=real & (j < S))
 
 
 def fits(D, Y, sparsity):
@@ -461,8 +408,8 @@ def plan(D, B):
     return rows, block, atoms, triton.next_power_of_2(D.shape[1] // atoms) - 1, processors, options
 
 
-def omp_fused(D, Y, sparsity):
-    """pursue, for D (L, N, m) in bf16 or float32 and Y (L, B, m) that fit: one launch."""
+def omp_fused(D, Y, sparsity, bits=0):
+    """pursue and solve for D (L, N, m) and Y (L, B, m) that fit, in one launch."""
     (L, N, m), B, padded = D.shape, Y.shape[1], triton.next_power_of_2(sparsity)
     rows, block, atoms, tile_bits, processors, options = plan(D, B)
     items, split = L * triton.cdiv(B, rows), 1
@@ -471,33 +418,20 @@ def omp_fused(D, Y, sparsity):
     # Numbers of scratch a program needs. 256 MB of it serve any number of vectors.
     size = rows * ((1 + sparsity) * m + (2 + sparsity) * padded)
     programs = min(items * split, 3 * processors, 2**26 // size)
-    scratch = torch.empty(programs * size, dtype=torch.float32, device=D.device)
+    new = functools.partial(torch.empty, device=D.device)
+    scratch = new(programs * size)
     sync = items + L * B * sparsity if split > 1 else 1  # a counter an item, a winner a choice
     sync = torch.zeros(sync, dtype=torch.int64, device=D.device)
-    indices = torch.empty(L, B, sparsity, dtype=torch.int64, device=D.device)
-    coefficients = torch.empty(L, B, sparsity, dtype=torch.float32, device=D.device)
+    indices = new(L, B, sparsity, dtype=torch.int64)
+    coefficients = new(L, B, sparsity, dtype=torch.int64 if bits else torch.float32)
+    exponents = new(L, B, 1, dtype=torch.int64)
+    # The sweep multiplies in bf16. Triton's interpreter, on a CPU, cannot.
+    D_half = (D.bfloat16() if D.is_cuda else D.float()).contiguous()
     omp_kernel[(programs,)](
-        Y.float().contiguous(), D.contiguous(), half(D), scratch, sync, indices, coefficients,
-        items, B, size, N, m, sparsity, padded, rows, block, atoms, tile_bits, split, **options)
-    return indices, coefficients
-
-
-def omp_levels_fused(D, Y, sparsity, bits):
-    """pursue_levels of width 1, for D and Y that fit: two launches."""
-    (L, N, m), B, padded = D.shape, Y.shape[1], triton.next_power_of_2(sparsity)
-    indices, coefficients = omp_fused(D, Y, sparsity)
-    rows, _, atoms, tile_bits, _, options = plan(D, B if bits <= 4 else 1)
-    levels, e = torch.empty_like(indices), torch.empty_like(indices[..., :1])
-    levels_kernel[(L * triton.cdiv(B, rows),)](
-        Y.float().contiguous(), D.contiguous(), half(D), indices, coefficients, levels, e, B, N, m,
-        sparsity, padded, rows, atoms, tile_bits, 2.0 ** (bits - 1) - 1, bits <= 4,
-        **options | dict(maxnreg=None))
-    return indices, levels, e
-
-
-def half(D):
-    """D for the sweep: in bf16. Triton's interpreter, on a CPU, cannot multiply that."""
-    return (D.bfloat16() if D.is_cuda else D.float()).contiguous()
+        Y.float().contiguous(), D.contiguous(), D_half, scratch, sync, indices, coefficients,
+        exponents, items, B, size, N, m, sparsity, padded, rows, block, atoms, tile_bits, split,
+        2.0 ** (bits - 1) - 1 if bits else 0, **options)
+    return (indices, coefficients, exponents) if bits else (indices, coefficients)
 
 
 # --------------------------------------------------------------------------------------------------

@@ -147,16 +147,22 @@ def test_words_take_two_bytes_a_coefficient_and_one_a_vector_and_round_trip_as_w
     assert error("word", 4096) < 1.15 * error("float32", 4096)  # 4 bits
 
 
-def test_levels_are_the_best_on_their_lattice_one_at_a_time():
-    D, Y = F.normalize(torch.randn(128, 16), dim=-1), torch.randn(30, 16)
-    indices, level, e = lexico.omp_levels(D, Y, 4, bits=5)
-    assert level.abs().max() <= 15
+def test_levels_are_nearly_the_best_of_their_lattice_and_better_than_coefficients_rounded():
+    D, Y = F.normalize(torch.randn(64, 16) + 0.4, dim=-1), torch.randn(200, 16)
 
-    def error(level):
-        return (Y - reconstruct(D, indices, level * torch.exp2(e / 16 - 8))).norm(dim=-1)
+    def errors(sparsity):
+        indices, level, e = lexico.omp_levels(D, Y, sparsity, bits=4)
+        step, z = torch.exp2(e / 16 - 8), lexico.omp(D, Y, sparsity)[1]
+        rounded = (z / step).round().clamp(-7, 7)
+        return [(Y - reconstruct(D, indices, x * step)).norm(dim=-1) for x in (level, rounded)], (
+            Y[:, None] - (every * step[..., None]) @ D[indices] if sparsity == 3 else None)
 
-    for change in torch.cat((torch.eye(4), -torch.eye(4))).long():
-        assert (error((level + change).clamp(-15, 15)) >= 0.98 * error(level)).all()
+    every = torch.cartesian_prod(*[torch.arange(-7, 8)] * 3)
+    (error, _), all_errors = errors(3)
+    best = all_errors.norm(dim=-1).amin(dim=-1)
+    assert (error >= best - 1e-5).all() and error.mean() < 1.001 * best.mean()
+    (error, rounded), _ = errors(10)
+    assert error.mean() < 0.99 * rounded.mean()
 
 
 def test_beam_search_and_tolerance_reach_the_cache():
