@@ -358,9 +358,9 @@ def omp_kernel(Y, D, D_half, scratch, sync, indices, coefficients, exponents, it
             tl.store(exponents + row, e.to(tl.int64), mask=real)
         if part == 0:
             chosen = tl.load(picks + r * S_PADDED + j, mask=j < S, other=0.0).to(tl.int64)
-            c = c.to(coefficients.dtype.element_ty)
             tl.store(indices + row * S + j, chosen, mask=real & (j < S))
-            tl.store(coefficients + row * S + j, c, mask=real & (j < S))
+            tl.store(coefficients + row * S + j, c.to(coefficients.dtype.element_ty),
+                     mask=real & (j < S))
 
 
 def fits(D, Y, sparsity):

@@ -103,7 +103,7 @@ def methods(config, dictionaries, buffer=32):
         rows += [(f"word N={d.n_atoms} beam {W} s={s}", s, {"coding": "word", "beam": W})
                  for W in (2, 4) for s in (4, 8)]
         rows += [(f"word N={d.n_atoms} auto:{share:.0%}", d.allocate(share, "word"),
-                  {"coding": "word"}) for share in (0.06, 0.09, 0.12, 0.15, 0.18, 0.2, 0.25)]
+                  {"coding": "word"}) for share in (0.06, 0.09, 0.12, 0.15, 0.18, 0.2, 0.25, 0.3)]
         for name, s, options in rows:
             size = np.mean([code_bytes(options["coding"], s) for s in np.ravel(s)])
             codec = lexico(config, d, s, **options)
