@@ -106,23 +106,22 @@ class Config:
         for name in (*REQUIRED.values(), *scaling):
             if name not in hf:
                 raise InputError(f"config.json has no {name}: it does not describe a Llama")
-        kind, context = hf["model_type"], hf["max_position_embeddings"]
-        heads = hf["num_attention_heads"]
-        kv_heads = hf.get("num_key_value_heads", heads)
+        kind, heads = hf["model_type"], hf["num_attention_heads"]
+        kv_heads, context = hf.get("num_key_value_heads", heads), hf["max_position_embeddings"]
         windowed = hf.get("use_sliding_window", kind == "mistral")
-        for name, fine in {
-                "model_type": kind in ("llama", "mistral", "qwen2"),
-                "quantization_config": not hf.get("quantization_config"),
-                "hidden_act": hf.get("hidden_act", "silu") == "silu",
-                "mlp_bias": not hf.get("mlp_bias"),
-                "sliding_window": not windowed or hf.get("sliding_window", context) >= context,
-                "layer_types": set(hf.get("layer_types", ())) <= {"full_attention"},
-                "rope_type": rope_type in ("default", "llama3"),
-                "partial_rotary_factor": hf.get("partial_rotary_factor", 1) == 1,
-                "num_key_value_heads": heads % kv_heads == 0}.items():
-            if not fine:
-                raise InputError(f"config.json: {name} = {hf[name]!r} is not supported; take a model"
-                                 " with a Llama's blocks, full attention and plain or llama3 RoPE")
+        computed = {
+            "model_type": kind in ("llama", "mistral", "qwen2"),
+            "quantization_config": not hf.get("quantization_config"),
+            "hidden_act": hf.get("hidden_act", "silu") == "silu",
+            "mlp_bias": not hf.get("mlp_bias"),
+            "sliding_window": not windowed or hf.get("sliding_window", context) >= context,
+            "layer_types": set(hf.get("layer_types", ())) <= {"full_attention"},
+            "rope_type": rope_type in ("default", "llama3"),
+            "partial_rotary_factor": hf.get("partial_rotary_factor", 1) == 1,
+            "num_key_value_heads": heads % kv_heads == 0}
+        for name in [name for name, fine in computed.items() if not fine]:
+            raise InputError(f"config.json: {name} = {hf[name]!r} is not supported; use a Llama, "
+                             "Mistral or Qwen2 with full attention and plain or llama3 RoPE")
         bias, eos = bool(hf.get("attention_bias")), hf.get("eos_token_id", [])
         plain = {ours: hf[name] for ours, name in HF_NAMES.items() if name in hf}
         return cls(**{"kv_heads": kv_heads, "head_dim": hf["hidden_size"] // heads, **plain},
@@ -133,11 +132,10 @@ class Config:
     @classmethod
     def from_pretrained(cls, name_or_path):
         """Config of a local folder, a config.json file or a Hub id."""
-        hf = read_json(find_file(name_or_path, "config.json"))
-        generation = find_file(name_or_path, "generation_config.json", required=False)
-        eos = read_json(generation).get("eos_token_id") if generation else None
-        if eos is not None:  # chat models name their end-of-turn token only here
-            hf["eos_token_id"] = eos
+        hf = read_json(name_or_path, "config.json")
+        generation = read_json(name_or_path, "generation_config.json", required=False)
+        if generation.get("eos_token_id") is not None:  # a chat model's end of turn is only here
+            hf["eos_token_id"] = generation["eos_token_id"]
         return cls.from_hf(hf)
 
     def to_hf(self):
@@ -239,8 +237,6 @@ def compile_layers():
 
 
 class Llama(nn.Module):
-    ranks = 1  # processes that share the weights (parallelize)
-
     def __init__(self, config):
         super().__init__()
         self.config = config
@@ -301,7 +297,9 @@ class Llama(nn.Module):
             model = cls(config).requires_grad_(False)
         weights = {}  # without what some files hold, but a Llama computes or shares
         spare = ("inv_freq", "lm_head.weight") if config.tied else "inv_freq"
-        for path in weight_files(name_or_path):
+        index = read_json(name_or_path, "model.safetensors.index.json", required=False)
+        files = set(index["weight_map"].values()) if index else {"model.safetensors"}
+        for path in [find_file(name_or_path, file) for file in sorted(files)]:
             try:
                 shard = load_file(path)
             except (SafetensorError, OSError) as error:
@@ -375,8 +373,8 @@ def parallelize(model, rank, ranks):
         elif name.endswith("_proj"):  # outputs are shared
             for part, whole in list(linear.named_parameters()):
                 setattr(linear, part, nn.Parameter(whole.chunk(ranks)[rank]))
-    model.ranks, heads, kv_heads = ranks, model.config.n_heads, model.config.kv_heads
-    model.config = replace(model.config, n_heads=heads // ranks, kv_heads=kv_heads // ranks)
+    heads, kv_heads = model.config.n_heads // ranks, model.config.kv_heads // ranks
+    model.config = replace(model.config, n_heads=heads, kv_heads=kv_heads)
     return model.requires_grad_(False)
 
 
@@ -400,26 +398,21 @@ def find_file(name_or_path, filename, required=True):
             return Path(hf_hub_download(str(name_or_path), filename))
         except (OSError, ValueError) as error:
             required = required or not isinstance(error, errors.EntryNotFoundError)
-            reason = str(error).strip().split("\n")[0]
-            reason = f"is no folder, and the Hub gives no {filename} ({reason})"
+            first_line = str(error).strip().split("\n")[0]
+            reason = f"is no folder, and the Hub gives no {filename} ({first_line})"
     if required:
         raise InputError(f"model '{name_or_path}' {reason}; give a folder in Hugging Face layout, "
                          "or a Hub id (owner/name) and check network and login")
     return None
 
 
-def read_json(path):
+def read_json(name_or_path, filename, required=True):
+    """What one JSON file of a model holds, {} if it may be absent and is."""
+    path = find_file(name_or_path, filename, required)
     try:
-        return json.loads(Path(path).read_text(encoding="utf-8"))
+        return json.loads(path.read_text(encoding="utf-8")) if path else {}
     except (ValueError, OSError) as error:
         raise InputError(f"{path} is not readable JSON ({error}); fetch it again") from None
-
-
-def weight_files(name_or_path):
-    """The safetensors files of a model: one, or the shards that its index names."""
-    index = find_file(name_or_path, "model.safetensors.index.json", required=False)
-    shards = set(read_json(index)["weight_map"].values()) if index else {"model.safetensors"}
-    return [find_file(name_or_path, shard) for shard in sorted(shards)]
 
 
 # --------------------------------------------------------------------------------------------------
@@ -435,8 +428,8 @@ LLAMA3_SPECIAL = {"<|begin_of_text|>": 128000, "<|end_of_text|>": 128001,
 # How GPT-2 writes the 256 bytes of a byte-level vocabulary: what prints stands for itself.
 PRINTABLE = [*range(33, 127), *range(161, 173), *range(174, 256)]
 OTHERS = [byte for byte in range(256) if byte not in PRINTABLE]
-BYTES = {chr(code): bytes([byte])
-         for code, byte in zip(PRINTABLE + [*range(256, 512)], PRINTABLE + OTHERS)}
+CHARACTERS = zip([*PRINTABLE, *range(256, 256 + len(OTHERS))], PRINTABLE + OTHERS)
+BYTES = {chr(code): bytes([byte]) for code, byte in CHARACTERS}
 
 
 class Tokenizer:
@@ -466,12 +459,10 @@ class Tokenizer:
     @classmethod
     def from_pretrained(cls, name_or_path):
         """From tokenizer.json, or else from a tokenizer.model in tiktoken's format (Llama 3)."""
-        path = find_file(name_or_path, "tokenizer.json", required=False)
-        if path:
-            return cls._from_json(path)
         path = find_file(name_or_path, "tokenizer.model", required=False)
-        if path is None:
-            raise InputError(f"model '{name_or_path}' has no tokenizer.json; add it to the folder")
+        hf = read_json(name_or_path, "tokenizer.json", required=path is None)
+        if hf:
+            return cls.from_hf(hf)
         try:
             pairs = map(bytes.split, path.read_bytes().splitlines())
             ids = {base64.b64decode(token, validate=True): int(rank) for token, rank in pairs}
@@ -481,14 +472,14 @@ class Tokenizer:
                    LLAMA3_SPECIAL, LLAMA3_SPECIAL["<|begin_of_text|>"])
 
     @classmethod
-    def _from_json(cls, path):
-        hf = read_json(path)
+    def from_hf(cls, hf):
+        """From the dict of a tokenizer.json."""
         vocab, normalizer = hf["model"]["vocab"], hf.get("normalizer")
         special = {token["content"]: token["id"] for token in hf["added_tokens"]}
         bos_id, processor = None, hf.get("post_processor") or {}
         for step in processor.get("processors", [processor]):
             match step:
-                case {"type": "TemplateProcessing", "single": [{"SpecialToken": {"id": first}}, *_]}:
+                case {"single": [{"SpecialToken": {"id": first}}, *_]}:  # a TemplateProcessing
                     bos_id = special[first]
         steps = hf.get("pre_tokenizer") or {}
         steps = steps.get("pretokenizers", [steps])
@@ -497,13 +488,13 @@ class Tokenizer:
                        if token not in special}
         split = split_pattern(steps)
         if split is None or normalizer not in (None, {"type": "NFC"}):
-            return cls(hf_encoder(path), token_bytes, special, bos_id)
+            return cls(hf_encoder(hf), token_bytes, special, bos_id)
         # A merge is "a b" or ["a", "b"]; a token holds no space, which is written otherwise.
         merged = ["".join(merge).replace(" ", "") for merge in hf["model"]["merges"]]
         try:
             ids = {bytes_of(token): vocab[token] for token in [*BYTES, *merged]}
         except KeyError as missing:
-            raise InputError(f"{path}: the vocabulary lacks {missing}; fetch it again") from None
+            raise InputError(f"tokenizer.json has no token {missing}; fetch it again") from None
         return cls(bpe_encoder(ids, split, normalizer), token_bytes, special, bos_id)
 
 
@@ -547,13 +538,13 @@ def bpe_encoder(ids, split, normalizer=None):
     return encode_text
 
 
-def hf_encoder(path):
+def hf_encoder(hf):
     """The same for what tiktoken cannot run (Mistral 7B, Llama 2): by Hugging Face's package."""
     try:
         import tokenizers
     except ImportError:
-        raise InputError(f"{path} needs another package: pip install tokenizers") from None
-    other = tokenizers.Tokenizer.from_file(str(path))
+        raise InputError("this tokenizer.json needs a package: pip install tokenizers") from None
+    other = tokenizers.Tokenizer.from_str(json.dumps(hf))
     other.encode_special_tokens = True  # text stays text
     return lambda text: other.encode(text, add_special_tokens=False).ids
 
@@ -574,8 +565,7 @@ class Chat:
     """
 
     def __init__(self, name_or_path, tokenizer):
-        path = find_file(name_or_path, "tokenizer_config.json", required=False)
-        settings = read_json(path) if path else {}
+        settings = read_json(name_or_path, "tokenizer_config.json", required=False)
         path = find_file(name_or_path, "chat_template.jinja", required=False)  # its newer place
         template = path.read_text(encoding="utf-8") if path else settings.get("chat_template")
         if isinstance(template, list):  # several, by name
