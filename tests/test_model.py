@@ -10,10 +10,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import tokenizers
 import torch
 from safetensors.torch import load_file, save_file
-from tokenizers import SentencePieceBPETokenizer
-from tokenizers import Tokenizer as Theirs
 
 from lexico import DenseCache
 from model import Config, InputError, Llama, Tokenizer
@@ -155,7 +154,8 @@ def test_tokens_are_those_of_hf_and_streaming_never_shows_half_a_character(famil
     plain = [token for token in vocab if not token.startswith("<|")]
     vocab.update(zip(plain, rng.sample([vocab[token] for token in plain], len(plain))))
     (tmp_path / "tokenizer.json").write_text(json.dumps(hf))
-    theirs, ours = Theirs.from_str(json.dumps(hf)), Tokenizer.from_pretrained(tmp_path)
+    theirs = tokenizers.Tokenizer.from_str(json.dumps(hf))
+    ours = Tokenizer.from_pretrained(tmp_path)
     theirs.encode_special_tokens = True  # as ours: "<|end_of_text|>" in a text is only text
     characters = [chr(code) for code in range(0x110000) if not 0xD800 <= code < 0xE000]
     for _ in range(300):
@@ -171,7 +171,7 @@ def test_tiktoken_files_and_other_vocabularies_are_read(tmp_path):
     lines = [base64.b64encode(token) + b" %d" % rank for rank, token in enumerate(tokens)]
     (tmp_path / "tokenizer.model").write_bytes(b"\n".join(lines))
     assert Tokenizer.from_pretrained(tmp_path).encode("hello hell") == [128000, 259, 32, 258]
-    bpe = SentencePieceBPETokenizer()
+    bpe = tokenizers.SentencePieceBPETokenizer()
     bpe.train_from_iterator(["the cat sat on the mat " * 50], vocab_size=60, show_progress=False)
     bpe.save(str(tmp_path / "tokenizer.json"))
     ids = Tokenizer.from_pretrained(tmp_path).encode("the cat sat")
