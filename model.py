@@ -105,7 +105,7 @@ class Config:
         scaling = LLAMA3_ROPE if rope_type == "llama3" else ()
         for name in (*REQUIRED.values(), *scaling):
             if name not in hf:
-                raise InputError(f"config.json has no {name}: it does not describe a Llama")
+                raise InputError(f"config.json has no {name}, but every Llama's does; fetch it again")
         kind, heads = hf["model_type"], hf["num_attention_heads"]
         kv_heads, context = hf.get("num_key_value_heads", heads), hf["max_position_embeddings"]
         windowed = hf.get("use_sliding_window", kind == "mistral")
@@ -399,10 +399,11 @@ def find_file(name_or_path, filename, required=True):
         except (OSError, ValueError) as error:
             required = required or not isinstance(error, errors.EntryNotFoundError)
             first_line = str(error).strip().split("\n")[0]
-            reason = f"is no folder, and the Hub gives no {filename} ({first_line})"
+            reason = (f"is no folder, and the Hub gives no {filename} (check network and login: "
+                      f"{first_line})")
     if required:
         raise InputError(f"model '{name_or_path}' {reason}; give a folder in Hugging Face layout, "
-                         "or a Hub id (owner/name) and check network and login")
+                         "or a Hub id (owner/name)")
     return None
 
 
