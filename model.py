@@ -105,7 +105,7 @@ class Config:
         scaling = LLAMA3_ROPE if rope_type == "llama3" else ()
         for name in (*REQUIRED.values(), *scaling):
             if name not in hf:
-                raise InputError(f"config.json has no {name}, but every Llama's does; fetch it again")
+                raise InputError(f"config.json has no {name}, as every Llama's has; fetch it again")
         kind, heads = hf["model_type"], hf["num_attention_heads"]
         kv_heads, context = hf.get("num_key_value_heads", heads), hf["max_position_embeddings"]
         windowed = hf.get("use_sliding_window", kind == "mistral")
