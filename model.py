@@ -64,12 +64,14 @@ def run_program(main):
 # --------------------------------------------------------------------------------------------------
 # Configuration
 
-HF_NAMES = {  # our names and those of a config.json; the first six must be there
-    "vocab_size": "vocab_size", "dim": "hidden_size", "n_layers": "num_hidden_layers",
-    "n_heads": "num_attention_heads", "ffn_dim": "intermediate_size",
-    "context": "max_position_embeddings", "kv_heads": "num_key_value_heads", "head_dim": "head_dim",
-    "norm_eps": "rms_norm_eps", "tied": "tie_word_embeddings", "bos_id": "bos_token_id",
-    "model_type": "model_type"}
+REQUIRED = {  # our names and those of a config.json
+    "model_type": "model_type", "vocab_size": "vocab_size", "dim": "hidden_size",
+    "n_layers": "num_hidden_layers", "n_heads": "num_attention_heads",
+    "ffn_dim": "intermediate_size", "context": "max_position_embeddings"}
+HF_NAMES = {
+    **REQUIRED, "kv_heads": "num_key_value_heads", "head_dim": "head_dim",
+    "norm_eps": "rms_norm_eps", "rope_theta": "rope_theta", "tied": "tie_word_embeddings",
+    "bos_id": "bos_token_id"}
 LLAMA3_ROPE = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
 
 
@@ -96,46 +98,44 @@ class Config:
     @classmethod
     def from_hf(cls, hf):
         """Config from the dict of a config.json. What we do not compute is refused by name."""
-        for name in list(HF_NAMES.values())[:6]:
-            if hf.get(name) is None:
-                raise InputError(f"config.json has no {name}: it does not describe a Llama")
-        kind, heads = hf.get("model_type"), hf["num_attention_heads"]
-        kv_heads = hf.get("num_key_value_heads") or heads
-        # Two spellings: rope_theta and rope_scaling, or (transformers 5) both in rope_parameters.
-        rope = {"rope_theta": hf.get("rope_theta"), **(hf.get("rope_scaling") or {}),
-                **(hf.get("rope_parameters") or {})}
-        rope_type = rope["rope_type"] = rope.get("rope_type", rope.get("type", "default"))
-        window = hf.get("use_sliding_window", kind == "mistral") and hf.get("sliding_window")
-        for name, fine in {
-                "model_type": kind in ("llama", "mistral", "qwen2"),
-                "quantization_config": not hf.get("quantization_config"),
-                "hidden_act": hf.get("hidden_act", "silu") == "silu",
-                "mlp_bias": not hf.get("mlp_bias"),
-                "sliding_window": not window or window >= hf["max_position_embeddings"],
-                "layer_types": set(hf.get("layer_types") or ()) <= {"full_attention"},
-                "rope_type": rope_type in ("default", "llama3"),
-                "partial_rotary_factor": rope.get("partial_rotary_factor", 1) == 1,
-                "num_key_value_heads": heads % kv_heads == 0}.items():
-            if not fine:
-                raise InputError(f"config.json: {name} = {hf.get(name, rope.get(name))!r} is not "
-                                 "supported; use a Llama, Mistral or Qwen2 with full attention and "
-                                 "plain or llama3 RoPE")
-        scaling = {key: rope[key] for key in LLAMA3_ROPE} if rope_type == "llama3" else None
-        bias, eos = bool(hf.get("attention_bias")), hf.get("eos_token_id")
-        eos = eos if isinstance(eos, list) else [] if eos is None else [eos]
-        plain = {ours: hf[name] for ours, name in HF_NAMES.items() if hf.get(name) is not None}
+        # RoPE has two spellings: rope_scaling, or (transformers 5) all of it in rope_parameters.
+        hf = {**hf, **(hf.get("rope_scaling") or {}), **(hf.get("rope_parameters") or {})}
+        hf = {name: value for name, value in hf.items() if value is not None}
+        rope_type = hf["rope_type"] = hf.get("rope_type", hf.get("type", "default"))
+        scaling = LLAMA3_ROPE if rope_type == "llama3" else ()
+        for name in (*REQUIRED.values(), *scaling):
+            if name not in hf:
+                raise InputError(f"config.json has no {name}, as every Llama's has; fetch it again")
+        kind, heads = hf["model_type"], hf["num_attention_heads"]
+        kv_heads, context = hf.get("num_key_value_heads", heads), hf["max_position_embeddings"]
+        windowed = hf.get("use_sliding_window", kind == "mistral")
+        computed = {
+            "model_type": kind in ("llama", "mistral", "qwen2"),
+            "quantization_config": not hf.get("quantization_config"),
+            "hidden_act": hf.get("hidden_act", "silu") == "silu",
+            "mlp_bias": not hf.get("mlp_bias"),
+            "sliding_window": not windowed or hf.get("sliding_window", context) >= context,
+            "layer_types": set(hf.get("layer_types", ())) <= {"full_attention"},
+            "rope_type": rope_type in ("default", "llama3"),
+            "partial_rotary_factor": hf.get("partial_rotary_factor", 1) == 1,
+            "num_key_value_heads": heads % kv_heads == 0}
+        for name in [name for name, fine in computed.items() if not fine]:
+            raise InputError(f"config.json: {name} = {hf[name]!r} is not supported; use a Llama, "
+                             "Mistral or Qwen2 with full attention and plain or llama3 RoPE")
+        bias, eos = bool(hf.get("attention_bias")), hf.get("eos_token_id", [])
+        plain = {ours: hf[name] for ours, name in HF_NAMES.items() if name in hf}
         return cls(**{"kv_heads": kv_heads, "head_dim": hf["hidden_size"] // heads, **plain},
-                   rope_theta=float(rope["rope_theta"] or 10000.0), rope_scaling=scaling,
-                   qkv_bias=bias or kind == "qwen2", out_bias=bias, eos_ids=tuple(eos))
+                   rope_scaling={name: hf[name] for name in scaling} or None,
+                   qkv_bias=bias or kind == "qwen2", out_bias=bias,
+                   eos_ids=tuple(eos if isinstance(eos, list) else [eos]))
 
     @classmethod
     def from_pretrained(cls, name_or_path):
         """Config of a local folder, a config.json file or a Hub id."""
-        hf = read_json(find_file(name_or_path, "config.json"))
-        generation = find_file(name_or_path, "generation_config.json", required=False)
-        eos = read_json(generation).get("eos_token_id") if generation else None
-        if eos is not None:  # chat models name their end-of-turn token only here
-            hf["eos_token_id"] = eos
+        hf = read_json(name_or_path, "config.json")
+        generation = read_json(name_or_path, "generation_config.json", required=False)
+        if generation.get("eos_token_id") is not None:  # a chat model's end of turn is only here
+            hf["eos_token_id"] = generation["eos_token_id"]
         return cls.from_hf(hf)
 
     def to_hf(self):
@@ -143,8 +143,8 @@ class Config:
         scaling = self.rope_scaling and {"rope_type": "llama3", **self.rope_scaling}
         plain = {name: getattr(self, ours) for ours, name in HF_NAMES.items()}
         return {"architectures": ["LlamaForCausalLM"], "hidden_act": "silu", **plain,
-                "rope_theta": self.rope_theta, "rope_scaling": scaling, "torch_dtype": "bfloat16",
-                "attention_bias": self.out_bias, "eos_token_id": list(self.eos_ids)}
+                "rope_scaling": scaling, "attention_bias": self.out_bias,
+                "eos_token_id": list(self.eos_ids), "torch_dtype": "bfloat16"}
 
 
 # --------------------------------------------------------------------------------------------------
@@ -237,8 +237,6 @@ def compile_layers():
 
 
 class Llama(nn.Module):
-    ranks = 1  # processes that share the weights (parallelize)
-
     def __init__(self, config):
         super().__init__()
         self.config = config
@@ -297,27 +295,23 @@ class Llama(nn.Module):
         config, device = Config.from_pretrained(name_or_path), device or best_device()
         with torch.device("meta"):
             model = cls(config).requires_grad_(False)
-        weights = {}
-        for path in weight_files(name_or_path):
+        weights = {}  # without what some files hold, but a Llama computes or shares
+        spare = ("inv_freq", "lm_head.weight") if config.tied else "inv_freq"
+        index = read_json(name_or_path, "model.safetensors.index.json", required=False)
+        files = set(index["weight_map"].values()) if index else {"model.safetensors"}
+        for path in [find_file(name_or_path, file) for file in sorted(files)]:
             try:
                 shard = load_file(path)
             except (SafetensorError, OSError) as error:
                 raise InputError(f"{path} is damaged ({error}); fetch it again") from None
-            for name, weight in shard.items():
-                if not name.endswith("inv_freq"):  # old checkpoints hold what we compute
-                    weights[name.removeprefix("model.")] = weight.to(device, dtype)
-        if config.tied:
-            weights.pop("lm_head.weight", None)
-        expected = {name: tuple(p.shape) for name, p in model.named_parameters()}
-        found = {name: tuple(weight.shape) for name, weight in weights.items()}
-        problems = [f"{name} is missing" for name in expected.keys() - found.keys()]
-        problems += [f"{name} is unexpected" for name in found.keys() - expected.keys()]
-        problems += [f"{name} is {found[name]}, not {shape}" for name, shape in expected.items()
-                     if found.get(name, shape) != shape]
-        if problems:
-            raise InputError(f"weights of '{name_or_path}' do not fit its config.json: "
-                             + "; ".join(sorted(problems)))
-        model.load_state_dict(weights, assign=True)
+            weights.update((name.removeprefix("model."), weight.to(device, dtype))
+                           for name, weight in shard.items() if not name.endswith(spare))
+        try:
+            model.load_state_dict(weights, assign=True)
+        except RuntimeError as error:  # a line for every kind of misfit
+            problems = " ".join(str(error).split()).partition("Llama: ")[2]
+            raise InputError(f"weights of '{name_or_path}' do not fit its config.json; give the "
+                             f"files of one model ({problems})") from None
         return model.eval()
 
     def save_pretrained(self, folder, dtype=torch.bfloat16):
@@ -379,8 +373,8 @@ def parallelize(model, rank, ranks):
         elif name.endswith("_proj"):  # outputs are shared
             for part, whole in list(linear.named_parameters()):
                 setattr(linear, part, nn.Parameter(whole.chunk(ranks)[rank]))
-    model.ranks, heads, kv_heads = ranks, model.config.n_heads, model.config.kv_heads
-    model.config = replace(model.config, n_heads=heads // ranks, kv_heads=kv_heads // ranks)
+    heads, kv_heads = model.config.n_heads // ranks, model.config.kv_heads // ranks
+    model.config = replace(model.config, n_heads=heads, kv_heads=kv_heads)
     return model.requires_grad_(False)
 
 
@@ -390,44 +384,36 @@ def parallelize(model, rank, ranks):
 def find_file(name_or_path, filename, required=True):
     """Path of one file of a model: "tiny" (the embedded one), a local folder, or a Hub id.
 
-    A bare config.json will do where a shape is wanted without weights. Files that are not required
+    A bare config file will do where a shape is wanted without weights. Files that are not required
     may be absent: then None.
     """
     folder = Path(__file__).parent / "tiny" if str(name_or_path) == "tiny" else Path(name_or_path)
-    path = folder / filename
-    if folder.is_file() and folder.suffix == ".json":
-        path = folder if filename == "config.json" else folder.parent / filename
+    path = folder if filename == "config.json" and folder.is_file() else folder / filename
     if path.is_file():
         return path
-    if folder.exists() or folder.is_absolute() or len(folder.parts) != 2:  # a Hub id is owner/name
-        if not required:
-            return None
-        reason = f"has no {filename}" if folder.exists() else "does not exist"
+    reason = f"has no {filename}" if folder.exists() else "does not exist"
+    if not folder.exists() and len(folder.parts) == 2 and not folder.is_absolute():  # owner/name
+        from huggingface_hub import errors, hf_hub_download  # here, for its import takes a while
+        try:
+            return Path(hf_hub_download(str(name_or_path), filename))
+        except (OSError, ValueError) as error:
+            required = required or not isinstance(error, errors.EntryNotFoundError)
+            first_line = str(error).strip().split("\n")[0]
+            reason = (f"is no folder, and the Hub gives no {filename} (check network and login: "
+                      f"{first_line})")
+    if required:
         raise InputError(f"model '{name_or_path}' {reason}; give a folder in Hugging Face layout, "
-                         f"or a Hub id (owner/name)")
-    from huggingface_hub import errors, hf_hub_download  # here, for its import takes a while
-    try:
-        return Path(hf_hub_download(str(name_or_path), filename))
-    except (errors.HfHubHTTPError, errors.HFValidationError, OSError) as error:
-        if isinstance(error, errors.RemoteEntryNotFoundError) and not required:
-            return None
-        reason = str(error).strip().splitlines()[0]
-        raise InputError(f"model '{name_or_path}': no folder of that name, and no {filename} came "
-                         f"from the Hub; check name, network and login ({reason})") from None
+                         "or a Hub id (owner/name)")
+    return None
 
 
-def read_json(path):
+def read_json(name_or_path, filename, required=True):
+    """What one JSON file of a model holds, {} if it may be absent and is."""
+    path = find_file(name_or_path, filename, required)
     try:
-        return json.loads(Path(path).read_text(encoding="utf-8"))
+        return json.loads(path.read_text(encoding="utf-8")) if path else {}
     except (ValueError, OSError) as error:
         raise InputError(f"{path} is not readable JSON ({error}); fetch it again") from None
-
-
-def weight_files(name_or_path):
-    """The safetensors files of a model: one, or the shards that its index names."""
-    index = find_file(name_or_path, "model.safetensors.index.json", required=False)
-    shards = set(read_json(index)["weight_map"].values()) if index else {"model.safetensors"}
-    return [find_file(name_or_path, shard) for shard in sorted(shards)]
 
 
 # --------------------------------------------------------------------------------------------------
@@ -440,6 +426,11 @@ LLAMA3_SPLIT = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,
                 r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+")
 LLAMA3_SPECIAL = {"<|begin_of_text|>": 128000, "<|end_of_text|>": 128001,
                   "<|start_header_id|>": 128006, "<|end_header_id|>": 128007, "<|eot_id|>": 128009}
+# How GPT-2 writes the 256 bytes of a byte-level vocabulary: what prints stands for itself.
+PRINTABLE = [*range(33, 127), *range(161, 173), *range(174, 256)]
+OTHERS = [byte for byte in range(256) if byte not in PRINTABLE]
+CHARACTERS = zip([*PRINTABLE, *range(256, 256 + len(OTHERS))], PRINTABLE + OTHERS)
+BYTES = {chr(code): bytes([byte]) for code, byte in CHARACTERS}
 
 
 class Tokenizer:
@@ -452,7 +443,8 @@ class Tokenizer:
         self.bos_id = bos_id  # put before a text, or None where the model expects nothing there
 
     def encode(self, text, bos=True):
-        return [self.bos_id] * (bos and self.bos_id is not None) + self.encode_text(text)
+        start = [self.bos_id] if bos and self.bos_id is not None else []
+        return start + self.encode_text(text)
 
     def decode(self, ids):
         return b"".join(self.token_bytes.get(i, b"") for i in ids).decode("utf-8", errors="replace")
@@ -468,116 +460,100 @@ class Tokenizer:
     @classmethod
     def from_pretrained(cls, name_or_path):
         """From tokenizer.json, or else from a tokenizer.model in tiktoken's format (Llama 3)."""
-        path = find_file(name_or_path, "tokenizer.json", required=False)
-        if path:
-            return cls._from_json(path)
         path = find_file(name_or_path, "tokenizer.model", required=False)
-        if path is None:
-            raise InputError(f"model '{name_or_path}' has no tokenizer.json; add it to the folder")
+        hf = read_json(name_or_path, "tokenizer.json", required=path is None)
+        if hf:
+            return cls.from_hf(hf)
         try:
-            pairs = (line.split() for line in path.read_bytes().splitlines() if line)
-            ranks = {base64.b64decode(token, validate=True): int(rank) for token, rank in pairs}
+            pairs = map(bytes.split, path.read_bytes().splitlines())
+            ids = {base64.b64decode(token, validate=True): int(rank) for token, rank in pairs}
         except ValueError:
             raise InputError(f"{path} is not in tiktoken's format; add a tokenizer.json") from None
-        special = dict(LLAMA3_SPECIAL)
-        named = find_file(name_or_path, "tokenizer_config.json", required=False)
-        if named:
-            added = read_json(named).get("added_tokens_decoder", {})
-            special.update((token["content"], int(i)) for i, token in added.items())
-        bpe = tiktoken.Encoding("llama3", pat_str=LLAMA3_SPLIT, mergeable_ranks=ranks,
-                                special_tokens={})
-        token_bytes = {i: token for token, i in ranks.items()}
-        return cls(bpe.encode_ordinary, token_bytes, special, special["<|begin_of_text|>"])
+        return cls(bpe_encoder(ids, LLAMA3_SPLIT), {i: token for token, i in ids.items()},
+                   LLAMA3_SPECIAL, LLAMA3_SPECIAL["<|begin_of_text|>"])
 
     @classmethod
-    def _from_json(cls, path):
-        hf = read_json(path)
-        vocab = hf["model"]["vocab"]
+    def from_hf(cls, hf):
+        """From the dict of a tokenizer.json."""
+        vocab, normalizer = hf["model"]["vocab"], hf.get("normalizer")
         special = {token["content"]: token["id"] for token in hf["added_tokens"]}
-        bos_id = special.get(first_template_token(hf.get("post_processor")))
+        bos_id, processor = None, hf.get("post_processor") or {}
+        for step in processor.get("processors", [processor]):
+            match step:
+                case {"single": [{"SpecialToken": {"id": first}}, *_]}:  # a TemplateProcessing
+                    bos_id = special[first]
         steps = hf.get("pre_tokenizer") or {}
         steps = steps.get("pretokenizers", [steps])
-        if not any(step.get("type") == "ByteLevel" for step in steps):
-            return cls(*other_tokenizer(path, vocab, special), special, bos_id)
-        form = (hf.get("normalizer") or {}).get("type")
+        byte_level = any(step.get("type") == "ByteLevel" for step in steps)
+        token_bytes = {i: bytes_of(token, byte_level) for token, i in vocab.items()
+                       if token not in special}
         split = split_pattern(steps)
-        if form not in (None, "NFC", "NFKC", "NFD", "NFKD") or split is None:
-            names = [step.get("type") for step in steps]
-            raise InputError(f"{path}: normalizer {form} with pre-tokenizer {names} is not "
-                             "supported; known are those of GPT-2, Llama 3, Qwen2 and SmolLM2")
-        # A merge's place in the list is its priority. tiktoken has one number for priority and id:
-        # it gets the priority, and to_id maps that to the id (some vocabularies follow no order).
-        to_byte = {char: byte for byte, char in enumerate(byte_characters())}
-        as_bytes = {token: bytes(map(to_byte.get, token))
-                    for token in vocab if to_byte.keys() >= set(token)}
+        if split is None or normalizer not in (None, {"type": "NFC"}):
+            return cls(hf_encoder(hf), token_bytes, special, bos_id)
         # A merge is "a b" or ["a", "b"]; a token holds no space, which is written otherwise.
         merged = ["".join(merge).replace(" ", "") for merge in hf["model"]["merges"]]
-        order = list(dict.fromkeys([*to_byte, *merged]))
-        missing = [token for token in order if token not in vocab]
-        if missing:
-            raise InputError(f"{path}: the vocabulary lacks {missing[0]!r}; fetch it again")
-        to_id = [vocab[token] for token in order]
-        ranks = {as_bytes[token]: rank for rank, token in enumerate(order)}
-        bpe = tiktoken.Encoding(path.name, pat_str=split, mergeable_ranks=ranks, special_tokens={})
-
-        def encode_text(text):
-            text = unicodedata.normalize(form, text) if form else text
-            return [to_id[rank] for rank in bpe.encode_ordinary(text)]
-
-        plain = {vocab[token]: raw for token, raw in as_bytes.items() if token not in special}
-        return cls(encode_text, plain, special, bos_id)
+        try:
+            ids = {bytes_of(token): vocab[token] for token in [*BYTES, *merged]}
+        except KeyError as missing:
+            raise InputError(f"tokenizer.json has no token {missing}; fetch it again") from None
+        return cls(bpe_encoder(ids, split, normalizer), token_bytes, special, bos_id)
 
 
-def byte_characters():
-    """GPT-2's printable stand-ins: how a byte-level vocabulary writes each of the 256 bytes."""
-    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    others = iter(range(256, 512))
-    return [chr(byte if byte in printable else next(others)) for byte in range(256)]
+def bytes_of(token, byte_level=True):
+    """The bytes that a token stands for, in either of the spellings of a tokenizer.json."""
+    if byte_level:
+        return b"".join(BYTES.get(char, char.encode()) for char in token)
+    if len(token) == 6 and token.startswith("<0x"):  # "<0x0A>" is a byte
+        return bytes([int(token[3:5], 16)])
+    return token.replace("\u2581", " ").encode()  # a low line marks a space
 
 
 def split_pattern(steps):
     """The regular expression that cuts text as these steps do, or None if they are unknown here."""
-    *before, byte_level = steps
-    if byte_level.get("add_prefix_space") or len(before) > 1:
-        return None
-    if byte_level.get("use_regex", True):
-        alone = before and before[0]["type"] == "Digits" and before[0].get("individual_digits")
-        return DIGITS_SPLIT if alone else None if before else GPT2_SPLIT
-    isolated = before and before[0]["type"] == "Split" and before[0]["behavior"] == "Isolated"
-    return before[0]["pattern"].get("Regex") if isolated and not before[0].get("invert") else None
-
-
-def first_template_token(post_processor):
-    """The token that a tokenizer.json puts before every text, or None."""
-    for step in (post_processor or {}).get("processors", [post_processor or {}]):
-        if step.get("type") == "TemplateProcessing" and "SpecialToken" in step["single"][0]:
-            return step["single"][0]["SpecialToken"]["id"]
+    match [{"use_regex": True, **step} for step in steps]:
+        case [{"type": "ByteLevel", "use_regex": True, "add_prefix_space": False}]:
+            return GPT2_SPLIT
+        case [{"type": "Digits", "individual_digits": True},
+              {"type": "ByteLevel", "use_regex": True, "add_prefix_space": False}]:
+            return DIGITS_SPLIT
+        case [{"type": "Split", "pattern": {"Regex": split}, "behavior": "Isolated",
+               "invert": False},
+              {"type": "ByteLevel", "use_regex": False, "add_prefix_space": False}]:
+            return split
     return None
 
 
-def other_tokenizer(path, vocab, special):
-    """Encoder and token bytes of a tokenizer.json that is not byte-level (Mistral 7B, Llama 2)."""
+def bpe_encoder(ids, split, normalizer=None):
+    """Byte-level BPE as a function text -> ids. ids: token (bytes) -> id, in order of the merges.
+
+    A merge's place is its priority. tiktoken has one number for priority and id: it gets the
+    priority, which is then mapped to the id (some vocabularies follow no order).
+    """
+    ranks, to_id = {token: rank for rank, token in enumerate(ids)}, list(ids.values())
+    bpe = tiktoken.Encoding("bpe", pat_str=split, mergeable_ranks=ranks, special_tokens={})
+
+    def encode_text(text):
+        text = unicodedata.normalize("NFC", text) if normalizer else text
+        return [to_id[rank] for rank in bpe.encode_ordinary(text)]
+
+    return encode_text
+
+
+def hf_encoder(hf):
+    """The same for what tiktoken cannot run (Mistral 7B, Llama 2): by Hugging Face's package."""
     try:
         import tokenizers
     except ImportError:
-        raise InputError(f"{path} is not byte-level BPE: pip install tokenizers") from None
-    other = tokenizers.Tokenizer.from_file(str(path))
+        raise InputError("this tokenizer.json needs a package: pip install tokenizers") from None
+    other = tokenizers.Tokenizer.from_str(json.dumps(hf))
     other.encode_special_tokens = True  # text stays text
-
-    def raw(token):  # "<0x0A>" is a byte, and a low line marks a space
-        byte = len(token) == 6 and token.startswith("<0x")
-        return bytes([int(token[3:5], 16)]) if byte else token.replace("\u2581", " ").encode()
-
-    token_bytes = {i: raw(token) for token, i in vocab.items() if token not in special}
-    return lambda text: other.encode(text, add_special_tokens=False).ids, token_bytes
+    return lambda text: other.encode(text, add_special_tokens=False).ids
 
 
 # --------------------------------------------------------------------------------------------------
 # Chat: a conversation in the form that the model was taught
 
-# Half characters, which no text holds: one goes before what only reads like a special token, the
-# other stands for an answer.
-ONLY_TEXT, ANSWER = "\ud800", "\ud801"
+ANSWER = "\ud800"  # stands for an answer: half a character, which no text holds
 LLAMA3_CHAT = ("<|begin_of_text|>{% for message in messages %}<|start_header_id|>"
                "{{ message.role }}<|end_header_id|>\n\n{{ message.content | trim }}<|eot_id|>"
                "{% endfor %}<|start_header_id|>assistant<|end_header_id|>{{ '\n\n' }}")
@@ -586,16 +562,11 @@ LLAMA3_CHAT = ("<|begin_of_text|>{% for message in messages %}<|start_header_id|
 class Chat:
     """A model's chat template (Jinja), or Llama 3's for a model that has none but its tokens.
 
-    A user who types "<|eot_id|>" has written ten characters; the template's own is one token.
-    Contents cannot be encoded apart from the template, for tokens reach across the border (a line
-    break that begins a content joins the template's last). So ONLY_TEXT goes before everything in a
-    content that reads like a special token: what stands without it once all is rendered is the
-    template's. It leaves before text is encoded.
+    Only the template writes special tokens: those that a user types are taken out.
     """
 
     def __init__(self, name_or_path, tokenizer):
-        path = find_file(name_or_path, "tokenizer_config.json", required=False)
-        settings = read_json(path) if path else {}
+        settings = read_json(name_or_path, "tokenizer_config.json", required=False)
         path = find_file(name_or_path, "chat_template.jinja", required=False)  # its newer place
         template = path.read_text(encoding="utf-8") if path else settings.get("chat_template")
         if isinstance(template, list):  # several, by name
@@ -607,10 +578,12 @@ class Chat:
         self.variables = {key: value["content"] if isinstance(value, dict) else value
                           for key, value in settings.items() if key.endswith("_token") and value}
         longest_first = sorted(tokenizer.special, key=len, reverse=True)
-        self.special = "|".join(map(re.escape, longest_first)) or "(?!)"
+        self.special = re.compile(f"({'|'.join(map(re.escape, longest_first)) or '(?!)'})")
 
     def message(self, role, text):
-        return {"role": role, "content": re.sub(f"(?={self.special})", ONLY_TEXT, text)}
+        while self.special.search(text):  # what surrounds one may, without it, form another
+            text = self.special.sub("", text)
+        return {"role": role, "content": text}
 
     def render(self, messages):
         """The conversation as text, as far as the header of the answer to come."""
@@ -636,9 +609,9 @@ class Chat:
         """Ids of what comes after the last answer (its end of turn is first), or of all. An answer
         is a message that says ANSWER: its tokens have passed the model, and need no text again."""
         text, ids = self.render(messages).rpartition(ANSWER)[2], []
-        for i, part in enumerate(re.split(f"(?<!{ONLY_TEXT})({self.special})", text)):
-            ids += ([self.tokenizer.special[part]] if i % 2 else
-                    self.tokenizer.encode(part.replace(ONLY_TEXT, ""), bos=False))
+        for part in self.special.split(text):
+            ids += ([self.tokenizer.special[part]] if part in self.tokenizer.special else
+                    self.tokenizer.encode(part, bos=False))
         return ids
 
 
@@ -647,7 +620,6 @@ if __name__ == "__main__":
     tokenizer = Tokenizer.from_pretrained("tiny")
     print(f"{sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters: {model.config}")
     tokens = torch.tensor([tokenizer.encode("Once upon a time")])
-    with torch.inference_mode():
-        for _ in range(40):  # the slow way: without a cache, every token runs the whole text again
-            tokens = torch.cat((tokens, model(tokens, last_only=True).argmax(-1)), dim=1)
+    for _ in range(40):  # the slow way: without a cache, every token runs the whole text again
+        tokens = torch.cat((tokens, model(tokens, last_only=True).argmax(-1)), dim=1)
     print(tokenizer.decode(tokens[0].tolist()))
