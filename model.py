@@ -397,7 +397,7 @@ def find_file(name_or_path, filename, required=True):
         try:
             return Path(hf_hub_download(str(name_or_path), filename))
         except (OSError, ValueError) as error:
-            required = required or not isinstance(error, errors.EntryNotFoundError)
+            required = required or not isinstance(error, errors.RemoteEntryNotFoundError)
             first_line = str(error).strip().split("\n")[0]
             reason = (f"is no folder, and the Hub gives no {filename} (check network and login: "
                       f"{first_line})")
@@ -460,10 +460,10 @@ class Tokenizer:
     @classmethod
     def from_pretrained(cls, name_or_path):
         """From tokenizer.json, or else from a tokenizer.model in tiktoken's format (Llama 3)."""
-        path = find_file(name_or_path, "tokenizer.model", required=False)
-        hf = read_json(name_or_path, "tokenizer.json", required=path is None)
+        hf = read_json(name_or_path, "tokenizer.json", required=False)
         if hf:
             return cls.from_hf(hf)
+        path = find_file(name_or_path, "tokenizer.model")
         try:
             pairs = map(bytes.split, path.read_bytes().splitlines())
             ids = {base64.b64decode(token, validate=True): int(rank) for token, rank in pairs}

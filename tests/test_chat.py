@@ -56,18 +56,19 @@ def test_every_token_passes_the_model_once_and_a_turn_that_does_not_fit_leaves_n
     model, seen = Llama.from_pretrained(folder, "cpu", torch.float32), []
     model.register_forward_hook(lambda _, args, out: seen.append((args[0][0].tolist(), out)))
     turns = iter(["One", "Two", "three " * 99, "Three", ""])
-    answers = iter(theirs(folder, " big cat<|eot_id|> red dog ran<|end_of_text|>"))  # one is cut
+    answers = iter([65, 66, *theirs(folder, "<|eot_id|>"), 67, 68, 69, 1])  # ended, cut, ended
     monkeypatch.setattr("builtins.input", lambda prompt: next(turns))
     monkeypatch.setattr(generate, "sample", lambda *args: torch.tensor([next(answers)]))
     args = SimpleNamespace(model=folder, device="cpu", system="Be brief.", seed=0, temperature=0,
                            top_p=1, max_new_tokens=3, quiet=False)
     ours, cache = Tokenizer.from_pretrained(folder), DenseCache(model.config, device="cpu")
     generate.chat(args, model, ours, cache)
-    said = [("system", "Be brief."), ("user", "One"), ("assistant", " big cat"), ("user", "Two"),
-            ("assistant", " red dog ran"), ("user", "Three"), ("assistant", "")]
-    turn = "<|start_header_id|>{}<|end_header_id|>\n\n{}".format
-    text = "<|eot_id|>".join(turn(*message) for message in said)
-    expected = theirs(folder, f"<|begin_of_text|>{text}")
+    head = "<|start_header_id|>{}<|end_header_id|>\n\n".format
+    expected, before = [], f"<|begin_of_text|>{head('system')}Be brief.<|eot_id|>"
+    for text, answer in (("One", [65, 66]), ("Two", [67, 68, 69]), ("Three", [])):
+        turn = f"{before}{head('user')}{text}<|eot_id|>{head('assistant')}"
+        expected += theirs(folder, turn) + answer  # the very ids, not what their text would give
+        before = "<|eot_id|>"
     assert [i for tokens, _ in seen for i in tokens] == expected
     torch.testing.assert_close(seen[-1][1], model(torch.tensor([expected]), last_only=True))
     out, error = capsys.readouterr()
