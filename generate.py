@@ -113,7 +113,7 @@ def generate(model, cache, prompt, count, choose, record=False, ends=()):
                "coding": clock(prompt.device) - middle, "bytes": cache.nbytes(),
                "memory": peak_memory(prompt.device)}
         if token[0].item() in ends:
-            break
+            return
 
 
 def show_progress(model, quiet):
@@ -253,9 +253,10 @@ def parse_arguments():
 
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.error, add = refuse, parser.add_argument
+    either = parser.add_mutually_exclusive_group().add_argument
     add("--prompt", default="Once upon a time", help='the text to go on from; "-": standard input')
     add("--prompt-file", help='a UTF-8 text file instead; "-": standard input')
-    add("--chat", action="store_true", help="converse, a line a turn, until an empty one")
+    either("--chat", action="store_true", help="converse, a line a turn, until an empty one")
     add("--system", help="the system prompt of --chat")
     add("--model", default="tiny", help='a folder, a Hub id, or "tiny" (default)')
     add("--dictionary", help="a file, a folder or a Hub id; default: the one known for the model")
@@ -268,7 +269,7 @@ def parse_arguments():
     add("--max-new-tokens", type=int, default=200)
     add("--batch", type=int, default=1, help="copies of the prompt, decoded together (default 1)")
     add("--prompt-length", type=int, default=0, metavar="N", help="N random tokens as a prompt")
-    add("--random-weights", action="store_true", help="for measuring; any config.json as --model")
+    either("--random-weights", action="store_true", help="to measure; --model: any config.json")
     add("--atoms", type=int, default=4096, help="atoms of random dictionaries (default 4096)")
     add("--compile", action="store_true", help="torch.compile the layers (some seconds at first)")
     add("--temperature", type=float, default=0.0, help="0 (default): always the likeliest token")
@@ -300,8 +301,8 @@ def parse_arguments():
 def load(args):
     """Model, tokenizer, dictionaries (None with --dense), prompt (B, T)."""
     config, device, dictionaries = Config.from_pretrained(args.model), args.device, None
-    dtype = torch.float32 if device.type == "cpu" else None
-    dtype = getattr(torch, args.dtype) if args.dtype else dtype
+    dtype = args.dtype or ("float32" if device.type == "cpu" else None)
+    dtype = dtype and getattr(torch, dtype)
     torch.manual_seed(args.seed)
     if not args.dense:
         if args.random_weights:
