@@ -13,7 +13,9 @@ import os
 import resource
 import sys
 import time
+from math import inf
 from pathlib import Path
+from statistics import fmean
 
 import torch
 import torch.nn.functional as F
@@ -32,6 +34,12 @@ def sample(logits, temperature, top_p, generator):
     p[p.cumsum(dim=-1) - p >= top_p] = 0  # what comes before a token alone reaches top_p
     choice = torch.multinomial(p.cpu(), 1, generator=generator).to(tokens.device)
     return tokens.gather(-1, choice)[:, 0]
+
+
+def sampler(args):
+    """A function for generate, logits -> tokens, that repeats itself with every new one."""
+    generator = torch.Generator().manual_seed(args.seed)
+    return lambda logits: sample(logits, args.temperature, args.top_p, generator)
 
 
 def clock(device):
@@ -79,14 +87,17 @@ def peak_memory(device):
 
 
 @torch.inference_mode()
-def generate(model, cache, prompt, count, choose, record=False):
-    """Run the prompt (B, T), then decode: `count` new tokens in all. Yields for each one a dict of
+def generate(model, cache, prompt, count, choose, record=False, ends=()):
+    """Run the prompt (B, T), then decode: `count` new tokens in all, or up to one of `ends` in the
+    first sequence. Yields for each one a dict of
 
-        tokens (B,), logits (B, vocab), forward and coding in seconds, bytes (the cache's nbytes).
+        tokens (B,), logits (B, vocab), forward and coding in seconds, bytes (the cache's nbytes),
+        memory (see peak_memory).
 
     The first one's forward pass is the prompt's. choose(logits) gives the next tokens (B,).
     record: whether steps become CUDA graphs; the cache must have room for all tokens, then.
     """
+    peak_memory(prompt.device)  # counts from here
     token, sparse = prompt[:, -1:].clone(), isinstance(cache, SparseCache)  # (B, 1): a step's input
     step = Recorded(lambda: model(token, cache, last_only=True)[:, -1], lambda: cache.count(1),
                     record)
@@ -99,7 +110,10 @@ def generate(model, cache, prompt, count, choose, record=False):
         if sparse and cache.full:
             code()
         yield {"tokens": token[:, 0].clone(), "logits": logits.clone(), "forward": middle - start,
-               "coding": clock(prompt.device) - middle, "bytes": cache.nbytes()}
+               "coding": clock(prompt.device) - middle, "bytes": cache.nbytes(),
+               "memory": peak_memory(prompt.device)}
+        if token[0].item() in ends:
+            return
 
 
 def show_progress(model, quiet):
@@ -115,9 +129,7 @@ def show_progress(model, quiet):
         if clock(device) - start > 2:
             print(f"\r[{'#' * (30 * done // n):30}] layer {done} of {n}", end="\n" * (done == n),
                   file=sys.stderr, flush=True)
-        if done == n:
-            for hook in hooks:
-                hook.remove()
+        hooks.pop(0).remove()
 
     hooks = [layer.register_forward_hook(passed) for layer in model.layers if not quiet]
     start = clock(device)
@@ -129,67 +141,66 @@ def size(nbytes):
     return f"{nbytes / 1000**power:.{min(power, 1)}f} {('B', 'kB', 'MB', 'GB')[power]}"
 
 
-def summary(steps, ended, prompt, prefill_memory):
+def summary(steps, ended, prompt):
     """What a run took: a dict of plain numbers, in seconds and bytes."""
     # A step, once all is warm: in the second half.
-    latency = [r["forward"] + r["coding"] for r in steps[1:][len(steps) // 2:]]
-    latency = torch.tensor(latency or [0.0]).double()
+    latency = [step["forward"] + step["coding"] for step in steps[1:][len(steps) // 2:]] or [0.0]
+    median, p95 = torch.tensor(latency).quantile(torch.tensor([0.5, 0.95])).tolist()
     return {"prompt_tokens": prompt.shape[1], "new_tokens": len(steps), "ended": ended,
             "prefill": steps[0]["forward"] + steps[0]["coding"],
-            "mean": latency.mean().item(), "median": latency.median().item(),
-            "p95": latency.quantile(0.95).item(), "prefill_memory": prefill_memory,
-            "peak_memory": peak_memory(prompt.device),
-            "tokens_per_second": len(prompt) / max(latency.mean().item(), 1e-9),
-            "cache": steps[-1]["bytes"]}
+            "mean": fmean(latency), "median": median, "p95": p95,
+            "tokens_per_second": len(prompt) / (fmean(latency) or inf),
+            "cache": steps[-1]["bytes"], "prefill_memory": steps[0]["memory"],
+            "peak_memory": max(step["memory"] for step in steps[1:] or steps)}
 
 
-def print_summary(name, s):
+def describe(name, s):
+    """A summary, as one reads it."""
     cache = s["cache"]
-    prefill, mean, median, p95 = (s[key] * 1e3 for key in ("prefill", "mean", "median", "p95"))
     parts = [f", {part} {size(cache[part])}" for part in ("codes", "buffer") if part in cache]
-    print(f"{name}: {s['prompt_tokens']} + {s['new_tokens']} tokens, {s['ended']}\n"
-          f"  time      prefill {prefill:.1f} ms, then {mean:.2f} ms a token (median {median:.2f}, "
-          f"95 % within {p95:.2f}), {s['tokens_per_second']:.1f} tokens/s\n"
-          f"  cache     {size(cache['total'])}{''.join(parts)}: "
-          f"{cache['total'] / cache['dense']:.1%} of a dense 16-bit cache ({size(cache['dense'])})")
-    if "dictionaries" in cache:
-        print(f"  constant  dictionaries {size(cache['dictionaries'])}, whatever context and batch")
-    print(f"  memory    at most {size(s['prefill_memory'])} in use for the prompt, then "
-          f"{size(s['peak_memory'])}")
+    constant = ("\n  constant  dictionaries "
+                f"{size(cache['dictionaries'])}, whatever context and batch") if parts else ""
+    return (f"{name}: {s['prompt_tokens']} + {s['new_tokens']} tokens, {s['ended']}\n"
+            f"  time      prefill {1e3 * s['prefill']:.1f} ms, then {1e3 * s['mean']:.2f} ms a "
+            f"token (median {1e3 * s['median']:.2f}, 95 % within {1e3 * s['p95']:.2f}), "
+            f"{s['tokens_per_second']:.1f} tokens/s\n"
+            f"  cache     {size(cache['total'])}{''.join(parts)}: "
+            f"{cache['total'] / cache['dense']:.1%} of a dense 16-bit cache "
+            f"({size(cache['dense'])}){constant}\n"
+            f"  memory    at most {size(s['prefill_memory'])} in use for the prompt, then "
+            f"{size(s['peak_memory'])}")
 
 
-@torch.inference_mode()
-def agreement(model, cache, prompt, sparse, dense):
-    """How far two runs agree; cache: a fresh sparse one, to feed the dense run's text through."""
+def agreement(sparse, dense, forced):
+    """How far two runs agree, and how far along the dense one's text, which forced was given."""
     same = [torch.equal(a["tokens"], b["tokens"]) for a, b in zip(sparse, dense)] + [False]
-    inputs = [prompt] + [step["tokens"][:, None] for step in dense[:-1]]
-    q = torch.cat([model(tokens, cache, last_only=True)[:, -1] for tokens in inputs])
-    p, q = (x.float().log_softmax(-1) for x in (torch.cat([s["logits"] for s in dense]), q))
-    return {"shared_tokens": same.index(False),
-            "top1": (p.argmax(-1) == q.argmax(-1)).float().mean().item(),
-            "kl": F.kl_div(q, p, log_target=True, reduction="none").sum(-1).mean().item()}
+    kl, top1 = [], []
+    for steps in zip(dense, forced):
+        p, q = (step["logits"].to(step["tokens"].device).float().log_softmax(-1) for step in steps)
+        kl.append(F.kl_div(q, p, log_target=True, reduction="batchmean").item())
+        top1.append((p.argmax(-1) == q.argmax(-1)).float().mean().item())
+    return {"shared_tokens": same.index(False), "top1": fmean(top1), "kl": fmean(kl)}
 
 
-def read_sparsity(text):
-    """A number, or "auto:20%" as a share."""
+def read(name, function, *args):
+    """The text that function(*args) reads from what is called name; "" at its end."""
     try:
-        return float(text[5:-1]) / 100 if text[:5] == "auto:" and text[-1] == "%" else int(text)
-    except ValueError:
-        raise InputError(f"--sparsity {text} is neither a number nor like auto:20%") from None
+        return function(*args)
+    except EOFError:
+        return ""
+    except UnicodeDecodeError:
+        raise InputError(f"{name} is not UTF-8; convert it") from None
+    except OSError as error:
+        raise InputError(f"{name}: {error.strerror}; name a text file") from None
 
 
 def read_prompt(args):
     """The prompt's text, from --prompt, --prompt-file or standard input ("-")."""
     text = args.prompt
-    try:
-        if "-" in (args.prompt, args.prompt_file):
-            text = sys.stdin.buffer.read().decode("utf-8")
-        elif args.prompt_file is not None:
-            text = Path(args.prompt_file).read_text(encoding="utf-8")
-    except UnicodeDecodeError:
-        raise InputError(f"prompt '{args.prompt_file or '-'}' is not UTF-8; convert it") from None
-    except OSError as error:
-        raise InputError(f"--prompt-file '{args.prompt_file}': {error.strerror}") from None
+    if "-" in (args.prompt, args.prompt_file):
+        text = read("standard input", lambda: sys.stdin.buffer.read().decode("utf-8"))
+    elif args.prompt_file is not None:
+        text = read(f"--prompt-file {args.prompt_file}", Path(args.prompt_file).read_text, "utf-8")
     if not text.strip():
         raise InputError("the prompt is empty; give some text with --prompt or --prompt-file")
     return text
@@ -201,12 +212,11 @@ def chat(args, model, tokenizer, cache):
     What was said is in the cache and never passes the model again: a turn feeds what comes after
     the last answer, in the template's words.
     """
-    template, config = Chat(args.model, tokenizer), model.config
+    template, config, choose = Chat(args.model, tokenizer), model.config, sampler(args)
     ends = {*config.eos_ids, tokenizer.special.get("<|eot_id|>")}
-    generator = torch.Generator().manual_seed(args.seed)
     messages = [template.message("system", args.system)] if args.system else []
     unfed = []  # a token that was sampled but has not passed the model
-    while text := read_turn("" if args.quiet else "> "):
+    while text := read("standard input", input, "" if args.quiet else "> ").strip():
         asked = [*messages, template.message("user", text)]
         new = unfed + template.new_tokens(asked)
         room = config.context - cache.length - len(new)
@@ -218,52 +228,48 @@ def chat(args, model, tokenizer, cache):
         stream, seconds = tokenizer.stream(), []
         prompt, count = torch.tensor([new], device=args.device), min(args.max_new_tokens, room + 1)
         show_progress(model, args.quiet)
-        for step in generate(model, cache, prompt, count, lambda logits: sample(
-                logits, args.temperature, args.top_p, generator)):
+        for step in generate(model, cache, prompt, count, choose, ends=ends):
             seconds.append(step["forward"] + step["coding"])
-            if step["tokens"].item() in ends:  # never fed: the template ends the turn itself
-                unfed = []
-                break
-            unfed = step["tokens"].tolist()
-            print(stream(unfed[0]), end="", flush=True)
+            token = step["tokens"].item()
+            print(stream(token), end="", flush=True)
         print(stream(None))
+        unfed = [token] if token not in ends else []  # the template ends the turn itself
         if not args.quiet:
-            each = 1e3 * sum(seconds[1:]) / max(1, len(seconds) - 1)
-            print(f"[{len(new)} + {len(seconds)} tokens, {each:.2f} ms a token, "
-                  f"cache {size(step['bytes']['total'])}]")
+            print(f"[{len(new)} + {len(seconds)} tokens, {1e3 * fmean(seconds[1:] or [0]):.2f} ms "
+                  f"a token, cache {size(step['bytes']['total'])}]")
 
 
-def read_turn(prompt):
-    """A line of standard input, "" at its end."""
+def read_sparsity(text):
+    """A number of coefficients, or "auto:20%" as a share."""
     try:
-        return input(prompt).strip()
-    except EOFError:
-        return ""
-    except UnicodeDecodeError:
-        raise InputError("standard input is not UTF-8; convert it") from None
+        return float(text[5:-1]) / 100 if text[:5] == "auto:" and text[-1] == "%" else int(text)
+    except ValueError:
+        raise InputError(f"--sparsity {text} is neither a number nor like auto:20%") from None
 
 
 def parse_arguments():
+    def refuse(message):
+        raise InputError(f"{message}; see --help")
+
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    add = parser.add_argument
+    parser.error, add = refuse, parser.add_argument
+    either = parser.add_mutually_exclusive_group().add_argument
     add("--prompt", default="Once upon a time", help='the text to go on from; "-": standard input')
     add("--prompt-file", help='a UTF-8 text file instead; "-": standard input')
-    add("--chat", action="store_true", help="converse: a line of standard input is a turn, an "
-        "empty one ends; not with --prompt, --compare, --json")
+    either("--chat", action="store_true", help="converse, a line a turn, until an empty one")
     add("--system", help="the system prompt of --chat")
     add("--model", default="tiny", help='a folder, a Hub id, or "tiny" (default)')
     add("--dictionary", help="a file, a folder or a Hub id; default: the one known for the model")
-    add("--sparsity", default="auto:20%", help="coefficients a vector, or auto:20%% (default): "
-        "those that serve best when vectors take 20%% of their 16-bit size on average")
+    add("--sparsity", default="auto:20%", type=read_sparsity, help="coefficients a vector, or "
+        "(default) auto:20%%: those that serve best in 20%% of a vector's 16-bit size on average")
     add("--buffer", type=int, default=32, help="newest tokens kept dense (default 32)")
     add("--window", type=int, default=16, help="tokens coded at a time (default 16)")
     add("--beam", type=int, default=1, help="width of the search (default 1: plain OMP)")
     add("--coding", choices=CODINGS, default="word", help="how codes are stored (default word)")
     add("--max-new-tokens", type=int, default=200)
     add("--batch", type=int, default=1, help="copies of the prompt, decoded together (default 1)")
-    add("--prompt-length", type=int, metavar="N", help="N random tokens instead of a prompt")
-    add("--random-weights", action="store_true", help="for measuring: weights, dictionaries and "
-        "prompt are random, --model is any config.json")
+    add("--prompt-length", type=int, default=0, metavar="N", help="N random tokens as a prompt")
+    either("--random-weights", action="store_true", help="to measure; --model: any config.json")
     add("--atoms", type=int, default=4096, help="atoms of random dictionaries (default 4096)")
     add("--compile", action="store_true", help="torch.compile the layers (some seconds at first)")
     add("--temperature", type=float, default=0.0, help="0 (default): always the likeliest token")
@@ -277,13 +283,12 @@ def parse_arguments():
     add("--quiet", action="store_true", help="print the text and nothing else")
     add("--json", metavar="FILE", help="write all figures there too")
     args = parser.parse_args()
-    for given, good in ((f"--max-new-tokens {args.max_new_tokens}", args.max_new_tokens >= 1),
-                        (f"--batch {args.batch}", args.batch >= 1),
-                        (f"--prompt-length {args.prompt_length}", (args.prompt_length or 1) >= 1),
-                        (f"--temperature {args.temperature}", args.temperature >= 0),
-                        (f"--top-p {args.top_p}", 0 < args.top_p <= 1)):
-        if not good:
-            raise InputError(f"{given} is out of range; see --help")
+    for name, least, most in (("max-new-tokens", 1, inf), ("batch", 1, 1 if args.chat else inf),
+                              ("prompt-length", 0, inf), ("atoms", 1, 2**15),
+                              ("temperature", 0, inf), ("top-p", 1e-6, 1)):
+        given = getattr(args, name.replace("-", "_"))
+        if not least <= given <= most:
+            refuse(f"--{name} {given} is outside {least} .. {most}")
     try:
         args.device, args.rank, args.ranks = world(args.device)
         torch.empty(0, device=args.device)
@@ -294,29 +299,31 @@ def parse_arguments():
 
 
 def load(args):
-    """Model, tokenizer (None beside random weights), dictionaries (None with --dense), prompt."""
+    """Model, tokenizer, dictionaries (None with --dense), prompt (B, T)."""
     config, device, dictionaries = Config.from_pretrained(args.model), args.device, None
     dtype = args.dtype or ("float32" if device.type == "cpu" else None)
     dtype = dtype and getattr(torch, dtype)
-    if args.random_weights:
-        torch.manual_seed(args.seed)
-        args.prompt_length = args.prompt_length or 512
-        model = Llama.random(config, device, dtype or torch.bfloat16, args.rank, args.ranks)
-        dictionaries, tokenizer = Dictionaries.random(config, args.atoms, device), None
-    else:
-        if not args.dense:
+    torch.manual_seed(args.seed)
+    if not args.dense:
+        if args.random_weights:
+            dictionaries = Dictionaries.random(config, args.atoms, device)
+        else:
             path = args.dictionary or Dictionaries.find(args.model)
             dictionaries = Dictionaries.load(path, device).check(config)
-        tokenizer = Tokenizer.from_pretrained(args.model)
-        where = device if args.ranks == 1 else "cpu"
-        model = Llama.from_pretrained(args.model, where, dtype)
+        if device.type == "cuda":  # as in the file; the kernels multiply it so
+            dictionaries.atoms = dictionaries.atoms.bfloat16()
+        if isinstance(args.sparsity, float):
+            args.sparsity = dictionaries.allocate(args.sparsity, args.coding)
+    if args.random_weights:
+        args.prompt_length = args.prompt_length or 512
+        model = Llama.random(config, device, dtype or torch.bfloat16, args.rank, args.ranks)
+        tokenizer = Tokenizer(None, {}, {}, None)  # knows no word
+    else:
+        model = Llama.from_pretrained(args.model, device if args.ranks == 1 else "cpu", dtype)
         model = parallelize(model, args.rank, args.ranks).to(device)
-    if dictionaries and device.type == "cuda":  # as in the file; the kernels multiply it so
-        dictionaries.atoms = dictionaries.atoms.bfloat16()
+        tokenizer = Tokenizer.from_pretrained(args.model)
     if args.prompt_length:
-        generator = torch.Generator().manual_seed(args.seed)
-        shape = args.batch, args.prompt_length
-        prompt = torch.randint(config.vocab_size, shape, generator=generator).to(device)
+        prompt = torch.randint(config.vocab_size, (args.batch, args.prompt_length)).to(device)
     else:
         prompt = torch.tensor([tokenizer.encode(read_prompt(args))] * args.batch, device=device)
     if prompt.shape[1] > config.context:
@@ -328,85 +335,79 @@ def load(args):
 def main():
     args = parse_arguments()
     model, tokenizer, dictionaries, prompt = load(args)
-    config, device, sparsity = model.config, args.device, read_sparsity(args.sparsity)
-    if isinstance(sparsity, float) and dictionaries:
-        sparsity = dictionaries.allocate(sparsity, args.coding)
+    config, name = model.config, "dense" if args.dense else "sparse"
     if args.compile:
         compile_layers()
     count = min(args.max_new_tokens, config.context - prompt.shape[1] + 1)
     ends = set() if args.prompt_length else set(config.eos_ids)
 
-    def new_cache(dense):
+    def new_cache(name):
         capacity = 0 if args.chat else prompt.shape[1] + count
-        if dense:
-            return DenseCache(config, args.batch, capacity, device, model.norm.weight.dtype)
-        return SparseCache(config, dictionaries, sparsity, args.buffer, args.window, args.batch,
-                           capacity, args.beam, coding=args.coding, dtype=torch.bfloat16)
+        if name == "dense":
+            return DenseCache(config, args.batch, capacity, args.device, model.norm.weight.dtype)
+        return SparseCache(config, dictionaries, args.sparsity, args.buffer, args.window,
+                           args.batch, capacity, args.beam, coding=args.coding,
+                           dtype=torch.bfloat16)
 
     if args.chat:
-        return chat(args, model, tokenizer, new_cache(args.dense))
+        return chat(args, model, tokenizer, new_cache(name))
 
-    def run(dense, show=lambda step: None):
-        """Generate with one cache: the list of steps, and their summary."""
-        generator, cache = torch.Generator().manual_seed(args.seed), new_cache(dense)
-        steps, ended = [], "context full" if count < args.max_new_tokens else "as asked for"
-        record = device.type == "cuda" and args.ranks == 1 and cache.replayable
-        peak_memory(device)
-
-        def choose(logits):
-            return sample(logits, args.temperature, args.top_p, generator)
-
+    def start(name, choose):
+        """The steps of a new run, one by one."""
+        cache = new_cache(name)
         show_progress(model, args.quiet)
+        record = args.device.type == "cuda" and args.ranks == 1 and cache.replayable
+        return generate(model, cache, prompt, count, choose, record, ends)
+
+    def run(name, show=lambda step: None):
+        """Generate with one cache: the list of steps, and their summary."""
+        steps, ended = [], "context full" if count < args.max_new_tokens else "as asked for"
         try:
-            for step in generate(model, cache, prompt, count, choose, record):
-                if not steps:
-                    prefill_memory = peak_memory(device)
+            if args.compare or args.random_weights:  # so that what is measured awaits no compiler
+                next(start(name, sampler(args)))
+            for step in start(name, sampler(args)):
+                step["logits"] = step["logits"].cpu()  # off the memory that is measured
                 steps.append(step)
                 show(step)
-                if step["tokens"][0].item() in ends:
-                    ended = "end of text"
-                    break
+            if step["tokens"][0].item() in ends:
+                ended = "end of text"
         except KeyboardInterrupt:
             if not steps:  # nothing to sum up yet
-                sys.exit(130)
+                raise
             ended = "interrupted"
-        return steps, summary(steps, ended, prompt, prefill_memory)
+        return steps, summary(steps, ended, prompt)
 
-    stream, new = tokenizer.stream() if tokenizer else lambda token: "", []
+    say, stream, tokens = (lambda text: None) if args.quiet else print, tokenizer.stream(), []
 
     def show(step):
-        new.append(step["tokens"][0].item())
-        piece, cache = stream(new[-1]), step["bytes"]
-        if args.quiet:
-            print(piece, end="", flush=True)
-        else:
-            print(f"{len(new):5d}  {piece!r:16.16}  {step['forward'] * 1e3:9.2f}  "
-                  f"{step['coding'] * 1e3:9.2f}  {size(cache['total']):>9}  "
-                  f"{cache['total'] / cache['dense']:8.1%}", flush=True)
+        tokens.append(step["tokens"][0].item())
+        piece, cache = stream(tokens[-1]), step["bytes"]
+        line = (f"{len(tokens):5d}  {piece!r:16.16}  {step['forward'] * 1e3:9.2f}  "
+                f"{step['coding'] * 1e3:9.2f}  {size(cache['total']):>9}  "
+                f"{cache['total'] / cache['dense']:8.1%}\n")
+        print(piece if args.quiet else line, end="", flush=True)
 
-    if not args.quiet:
-        print(" step  token             forward ms  coding ms      cache  of dense")
-    steps, main_summary = run(args.dense, show)
-    name, interrupted = "dense" if args.dense else "sparse", main_summary["ended"] == "interrupted"
-    figures = {"text": tokenizer.decode(new) if tokenizer else "", name: main_summary}
-    if args.quiet:
-        print(stream(None))
-    else:
-        if not args.prompt_length:
-            print(f"\n{tokenizer.decode(prompt[0].tolist())}{figures['text']}")
-        print()
-        print_summary(name, main_summary)
+    say(" step  token             forward ms  coding ms      cache  of dense")
+    steps, first = run(name, show)
+    figures = {"text": tokenizer.decode(tokens), name: first}
+    print(stream(None))
+    if not args.prompt_length:
+        say(f"{tokenizer.decode(prompt[0].tolist())}{figures['text']}\n")
+    say(describe(name, first))
+    interrupted = first["ended"] == "interrupted"
     if args.compare and not args.dense and not interrupted:
-        dense, figures["dense"] = run(dense=True)
-        figures["agreement"] = same = agreement(model, new_cache(False), prompt, steps, dense)
-        if not args.quiet:
-            print_summary("dense", figures["dense"])
-            print(f"agreement: the first {same['shared_tokens']} tokens are shared. Along the "
-                  f"dense text, mean KL(dense || sparse) is {same['kl']:.4f} and the likeliest "
-                  f"token the same {same['top1']:.1%} of the time")
+        dense, figures["dense"] = run("dense")
+        say(describe("dense", figures["dense"]))
+        interrupted = figures["dense"]["ended"] == "interrupted"
+        given = iter(dense)
+        forced = start("sparse", lambda logits: next(given)["tokens"])
+        figures["agreement"] = same = agreement(steps, dense, forced)
+        say(f"agreement: the first {same['shared_tokens']} tokens are shared. Along the dense "
+            f"text, mean KL(dense || sparse) is {same['kl']:.4f} and the likeliest token the same "
+            f"{same['top1']:.1%} of the time")
     if args.json and args.rank == 0:
-        figures["steps"] = [{"token": token, "forward": r["forward"], "coding": r["coding"],
-                             **r["bytes"]} for token, r in zip(new, steps)]
+        figures["steps"] = [{"token": token, "forward": step["forward"], "coding": step["coding"],
+                             **step["bytes"]} for token, step in zip(tokens, steps)]
         try:
             Path(f"{args.json}.part").write_text(json.dumps(figures, indent=1) + "\n")
             os.replace(f"{args.json}.part", args.json)

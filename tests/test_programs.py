@@ -1,6 +1,5 @@
 """What a user meets: the programs, their output, their refusals. All on the embedded model."""
 
-import contextlib
 import io
 import json
 import os
@@ -12,6 +11,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import replace
 from pathlib import Path
 
@@ -24,13 +24,15 @@ from model import Config, Llama
 
 ROOT = Path(__file__).parent.parent
 HELD_OUT = ROOT / "tiny" / "held-out.txt"
+CONFIG, WEIGHTS, DICTIONARY = (
+    ROOT / "tiny" / name for name in ("config.json", "model.safetensors", "dictionary.safetensors"))
 TINY = Config.from_pretrained("tiny")
 
 
 def call(command):
     """Run a program in this process: exit code, standard output, standard error."""
-    sys.argv, out, error, code = shlex.split(command), io.StringIO(), io.StringIO(), 0
-    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(error):
+    sys.argv, code = shlex.split(command), 0
+    with redirect_stdout(io.StringIO()) as out, redirect_stderr(io.StringIO()) as error:
         try:
             runpy.run_path(ROOT / sys.argv[0], run_name="__main__")
         except SystemExit as stop:
@@ -68,52 +70,50 @@ def test_a_line_for_every_token_then_the_text_the_summaries_and_how_far_they_agr
     assert cache["dense"] == vectors * dense * seen <= figures["dense"]["cache"]["total"]
 
 
-def test_quiet_prints_the_golden_text_alone_and_seeds_repeat():
-    assert call("generate.py --quiet --dense --max-new-tokens 20")[1].strip() == GOLDEN
-    options = "--quiet --max-new-tokens 30 --temperature 0.8 --top-p 0.9"
-    first, again, other = (call(f"generate.py {options} --seed {seed}")[1] for seed in (1, 1, 2))
-    assert first == again != other
-
-
-def test_prompts_come_from_files_and_standard_input(tmp_path, monkeypatch):
+def test_a_quiet_text_depends_on_prompt_and_seed_and_not_on_where_the_prompt_comes_from(
+        tmp_path, monkeypatch):
+    assert call("generate.py --quiet --dense --max-new-tokens 20") == (0, f"{GOLDEN}\n", "")
     (tmp_path / "prompt").write_text("The little dog")
     monkeypatch.setattr(sys, "stdin", (tmp_path / "prompt").open())
-    sources = ("--prompt 'The little dog'", f"--prompt-file {tmp_path}/prompt", "--prompt -")
-    runs = {call(f"generate.py --quiet --max-new-tokens 8 {source}") for source in sources}
-    assert len(runs) == 1 and runs.pop()[0] == 0
+    first, *same, other = (
+        call(f"generate.py --quiet --max-new-tokens 15 --temperature 0.8 --top-p 0.9 {options}")
+        for options in ("--prompt 'The little dog'", f"--prompt-file {tmp_path}/prompt",
+                        "--prompt -", "--prompt 'The little dog' --seed 1"))
+    assert first[0] == 0 and same == [first] * 2 and other != first
 
 
 REFUSED = {  # each command, and words of the line that says why
-    "generate.py": [
-        ("--prompt ' '", "prompt is empty"), ("--prompt-file absent", "No such file"),
-        ("--prompt-file latin", "not UTF-8"), ("--prompt-file long", "than the model's context"),
-        ("--sparsity 0", "sparsity 0"), ("--sparsity 65", "sparsity 65"),
-        ("--top-p 0", "--top-p 0"), ("--max-new-tokens 0", "--max-new-tokens 0"),
-        ("--device abacus", "--device abacus"), ("--dictionary absent", "does not exist"),
-        ("--dictionary latin", "is damaged"), ("--dictionary short", "is damaged"),
-        (f"--dictionary {ROOT}/tiny/model.safetensors", "not a dictionary"),
-        ("--model absent", "does not exist"), ("--model nobody/nothing", "nobody/nothing"),
-        ("--model other", "python train_dict.py --model"), ("--model cut --dense", "damaged"),
-        (f"--model other --dictionary {ROOT}/tiny/dictionary.safetensors", "n_layers"),
-        ("--json no/o --max-new-tokens 1", "cannot be writ")],
-    "train_dict.py": [
-        ("--text absent", "No such file"), ("--text latin", "not UTF-8"),
-        ("--text long", "too little text"), ("--text long --sparsity 65", "--sparsity 65"),
-        ("--text long --atoms 7", "--atoms 7"),
-        (f"--text {HELD_OUT} --resume --out d", "no checkpoint")]}
+    "generate.py": {
+        "--prompt ' '": "prompt is empty", "--prompt-file absent": "No such file",
+        "--prompt-file latin": "not UTF-8", "--prompt-file long": "than the model's context",
+        "--sparsity 0": "sparsity 0", "--sparsity 65": "sparsity 65", "--sparsity x": "sparsity x",
+        "--top-p 0": "--top-p 0", "--max-new-tokens 0": "--max-new-tokens 0",
+        "--batch x": "--batch", "--chat --batch 2": "--batch 2", "--device abacus": "abacus",
+        "--chat --random-weights": "not allowed with",
+        "--dictionary absent": "does not exist", "--dictionary latin": "is damaged",
+        "--dictionary short": "is damaged", f"--dictionary {WEIGHTS}": "not a dictionary",
+        "--model absent": "does not exist", "--model nobody/nothing": "nobody/nothing",
+        "--model other": "python train_dict.py --model", "--model cut --dense": "damaged",
+        f"--model other --dictionary {DICTIONARY}": "n_layers",
+        "--json no/o --max-new-tokens 1": "cannot be writ"},
+    "train_dict.py": {
+        "--text absent": "No such file", "--text latin": "not UTF-8",
+        "--text long": "too little text", "--text long --sparsity 65": "--sparsity 65",
+        "--text long --atoms 7": "--atoms 7",
+        f"--text {HELD_OUT} --resume --out d": "no checkpoint"}}
 
 
 def test_bad_input_gets_one_line_and_exit_code_2(learned, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     for name, data in (("latin", b"caf\xe9"), ("long", b"word " * 3000),
-                       ("short", (ROOT / "tiny/dictionary.safetensors").read_bytes()[:-100])):
+                       ("short", DICTIONARY.read_bytes()[:-100])):
         Path(name).write_bytes(data)
     for folder in ("other", "cut"):
         shutil.copytree(learned[0], folder)
     os.truncate("cut/model.safetensors", 10**6)
     for program, cases in REFUSED.items():
-        for options, words in cases:
+        for options, words in cases.items():
             code, _, error = call(f"{program} {options}")
             assert code == 2 and error.startswith("error: ") and words in error, (options, error)
             assert error.count("\n") == 1
@@ -179,10 +179,12 @@ def test_a_killed_run_resumes_to_what_an_unbroken_one_gives(learned, tmp_path):
 
 # Every file, and the README
 
-@pytest.mark.parametrize("name", ["model.py", "omp.py", "lexico.py"])
-def test_every_file_runs_and_shows_something(name):
-    code, out, _ = call(name)
-    assert code == 0 and len(out) > 100
+@pytest.mark.parametrize("command", [
+    "model.py", "omp.py", "lexico.py", f"generate.py --random-weights --model {CONFIG} --compare "
+    "--batch 2 --prompt-length 50 --max-new-tokens 3 --sparsity 4 --atoms 256"])
+def test_every_file_runs_and_shows_something(command):
+    code, out, _ = call(command)
+    assert code == 0 and len(out) > 100 and out.count("50 + 3 tokens") == 2 * ("50" in command)
 
 
 def test_the_readme_points_at_the_right_lines_its_commands_parse_and_its_main_one_runs():
