@@ -274,9 +274,8 @@ def add_over_codes(w, p, indices, coefficients):
 #                      which stay there, too; their maximum known, a second look turns them into
 #                      weights. The products' place becomes the values' table: for every token, add
 #                      weight x coefficient at its atoms. That table leaves, and 3 numbers.
-#   combine            The chunks' tables, each by its share of the softmax, are a piece of w, which
-#                      meets its piece of D_v on the tensor cores. The ring's output joins one.
-#   sum                over the pieces, always in the same order.
+#   combine            The chunks' tables, each by its share of the softmax, in one: w (rows, N).
+#   addmm              w D_v, plus the ring's output.
 #
 # Sums of floats depend on the order in which threads come; sums of integers do not, and are what
 # shared memory adds by itself. So the table counts in fixed point. A chunk's weights are divided by
@@ -331,19 +330,19 @@ template <bool MAX, int COUNT> __device__ void reduce(float* x) {  // over all t
   }
 }
 extern "C" __global__ void __launch_bounds__(1024) codes(
-    const Products* products, const u16* k_first, const u8* k_second, const u16* v_first,
+    const u16* products, const u16* k_first, const u8* k_second, const u16* v_first,
     const u8* v_second, const long long* n_coded, int capacity, float4* stats, u16* tables) {
   extern __shared__ uint4 shared[];
   Products* table = (Products*)shared;                   // (N,), and later in its place
   int* values = (int*)shared;                            // (GP / LANES, N, LANES), and behind both
   Scores* scores = (Scores*)(values + GP * N);           // (count,)
-  int head = blockIdx.y, thread = threadIdx.x;
-  for (int i = thread; i < N; i += 1024) table[i] = products[(size_t)head * N + i];
   int n = *n_coded, length = max((n + CHUNKS - 1) / CHUNKS, SHORTEST), begin = blockIdx.x * length;
-  int count = min(length, n - begin);
+  int head = blockIdx.y, count = min(length, n - begin), thread = threadIdx.x;
   if (count <= 0) return;
   size_t token = (size_t)head * capacity + begin;        // the first of the chunk
   Code<S_K> key(k_first, k_second, token + min(thread, count - 1));
+  for (int i = thread; i < N; i += 1024)
+    for (int g = 0; g < G; g++) table[i].at[g] = products[((size_t)head * G + g) * N + i];
   __syncthreads();
   float top[G], sums[2 * G] = {};                        // of weights; of weights times scales
   for (int g = 0; g < G; g++) top[g] = -1e30f;
@@ -406,8 +405,7 @@ def compile_codes(shared, **constants):
 
 @jit
 def products_and_ring(q, D, scale, keys, values, seen, products, ring_out, rows, heads, slots, N,
-                      G: tl.constexpr, GP: tl.constexpr, M: tl.constexpr, TILE: tl.constexpr,
-                      BLOCK: tl.constexpr):
+                      G: tl.constexpr, M: tl.constexpr, TILE: tl.constexpr, BLOCK: tl.constexpr):
     program, m = tl.program_id(0).to(tl.int64), tl.arange(0, M)[None, :]
     unit = 1.4426950408889634 / M**0.5                   # the softmax counts in powers of two
     if program >= heads:                                 # TILE rows of q with BLOCK atoms
@@ -415,7 +413,7 @@ def products_and_ring(q, D, scale, keys, values, seen, products, ring_out, rows,
         n = (program - heads) % (N // BLOCK) * BLOCK + tl.arange(0, BLOCK)[:, None]
         product = tl.dot(tl.load(q + r * M + m, mask=r < rows, other=0.0),
                          tl.trans(tl.load(D + n * M + m))) * (unit * tl.load(scale))
-        tl.store(products + (r // G * N + tl.trans(n)) * GP + r % G, product, mask=r < rows)
+        tl.store(products + r * N + tl.trans(n), product, mask=r < rows)
     else:                                                # a head's G rows, BLOCK slots at a time
         g = tl.arange(0, 16)[:, None]
         row = program * G + g
@@ -441,33 +439,24 @@ def products_and_ring(q, D, scale, keys, values, seen, products, ring_out, rows,
 
 
 @jit
-def combine(tables, stats, ring_out, D, scale, n_coded, partial, unit, rows, N,
-            CHUNKS: tl.constexpr, SHORTEST: tl.constexpr, PADDED: tl.constexpr, M: tl.constexpr,
-            BLOCK: tl.constexpr):
-    row = tl.program_id(0).to(tl.int64) * 16 + tl.arange(0, 16)[:, None]
-    c, m, coded = tl.arange(0, PADDED)[None, :], tl.arange(0, M)[None, :], tl.load(n_coded)
+def combine(tables, stats, ring_out, scale, n_coded, w, base, unit, N, CHUNKS: tl.constexpr,
+            SHORTEST: tl.constexpr, PADDED: tl.constexpr, M: tl.constexpr, BLOCK: tl.constexpr):
+    row, n = tl.program_id(0).to(tl.int64), tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    coded, c, m = tl.load(n_coded), tl.arange(0, PADDED), tl.arange(0, M)
+    used = c < tl.cdiv(coded, tl.maximum(tl.cdiv(coded, CHUNKS), SHORTEST))
     chunk, ring_out = row * CHUNKS + c, ring_out + row * (M + 2)
-    used = (row < rows) & (c < tl.cdiv(coded, tl.maximum(tl.cdiv(coded, CHUNKS), SHORTEST)))
-    tops = tl.load(stats + chunk * 4, mask=used, other=-1e30)           # (16, PADDED)
+    x = tl.load(tables + chunk[:, None] * N + n, mask=used[:, None], other=0.0).to(tl.float32)
+    tops = tl.load(stats + chunk * 4, mask=used, other=-1e30)
     sums = tl.load(stats + chunk * 4 + 1, mask=used, other=0.0)
     scaled_sums = tl.load(stats + chunk * 4 + 2, mask=used, other=0.0)
-    ring_top = tl.load(ring_out + M, mask=row < rows, other=0.0)        # (16, 1)
-    ring_sum = tl.load(ring_out + M + 1, mask=row < rows, other=1.0)
-    top = tl.maximum(tl.max(tops, axis=1, keep_dims=True), ring_top)
+    ring_top = tl.load(ring_out + M)
+    top = tl.maximum(tl.max(tops, axis=0), ring_top)
     share, ring_share = tl.exp2(tops - top), tl.exp2(ring_top - top)
-    total = tl.sum(share * sums, axis=1, keep_dims=True) + ring_share * ring_sum
-    share = share * scaled_sums * (unit * tl.load(scale) / total)
-    out = tl.zeros([16, M], tl.float32)
+    total = tl.sum(share * sums, axis=0) + ring_share * tl.load(ring_out + M + 1)
+    x = tl.sum(x * (share * scaled_sums)[:, None], axis=0) * (unit * tl.load(scale) / total)
+    tl.store(w + row * N + n, x)
     if tl.program_id(1) == 0:
-        out += tl.load(ring_out + m, mask=row < rows, other=0.0) * (ring_share / total)
-    for start in range(tl.program_id(1) * BLOCK, N, tl.num_programs(1) * BLOCK):
-        n = start + tl.arange(0, BLOCK)
-        x = tl.load(tables + chunk[:, :, None] * N + n[None, None, :], mask=used[:, :, None],
-                    other=0.0)                                          # (16, PADDED, BLOCK)
-        w = tl.sum(x.to(tl.float32) * share[:, :, None], axis=1)
-        D_piece = tl.load(D + n[:, None] * M + m)
-        out += tl.dot(w.to(D_piece.dtype), D_piece)
-    tl.store(partial + (tl.program_id(1) * rows + row) * M + m, out, mask=row < rows)
+        tl.store(base + row * M + m, tl.load(ring_out + m) * (ring_share / total))
 
 
 def attention_fits(D, config, sparsity, coding):
@@ -498,23 +487,22 @@ def attend_codes(q, key_codes, value_codes, n_coded, ring, seen, bits):
     chunks = max(chip.multi_processor_count // heads, triton.cdiv(capacity, room), 1)
     longest = max(SHORTEST, triton.cdiv(capacity, chunks))
     new = functools.partial(torch.empty, device=q.device)
-    half = functools.partial(new, dtype=torch.float16)
-    products, tables = half(heads, N, GP), half(rows, chunks, N)
-    stats, ring_out, tile = new(rows, chunks, 4), new(rows, M + 2), 16 if rows <= 128 else 64
+    products, tables = (new(rows, n, N, dtype=torch.float16) for n in (1, chunks))
+    stats, ring_out = new(rows, chunks, 4), new(rows, M + 2)
+    w, base = new(rows, N, dtype=q.dtype), new(rows, M, dtype=q.dtype)
+    tile = 16 if rows <= 128 else 64
     products_and_ring[(heads + triton.cdiv(rows, tile) * (N // 64),)](
-        q, Dk, k_scale, *ring, seen, products, ring_out, rows, heads, slots, N, G, GP, M, tile, 64)
+        q, Dk, k_scale, *ring, seen, products, ring_out, rows, heads, slots, N, G, M, tile, 64)
     codes = compile_codes(
         shared, N=N, G=G, GP=GP, LANES=min(GP, 2), S_K=k_parts[0].shape[3],
         S_V=v_parts[0].shape[3], BITS=bits, LARGEST=largest, CHUNKS=chunks, SHORTEST=SHORTEST)
     codes((chunks, heads, 1), (1024, 1, 1), [
         products, *k_parts, *v_parts, n_coded, capacity, stats, tables], 4 * GP * (N + longest))
-    wide, tiles = triton.next_power_of_2(chunks), triton.cdiv(rows, 16)
-    block = max(16, min(64, 1024 // wide))
-    pieces = max(1, min(N // block, 2 * chip.multi_processor_count // tiles))
-    partial = new(pieces, rows, M)
-    combine[tiles, pieces](tables, stats, ring_out, Dv, v_scale, n_coded, partial, largest / 2**15,
-                           rows, N, chunks, SHORTEST, wide, M, block, num_warps=8)
-    return partial.sum(dim=0).to(q.dtype).view_as(q)
+    wide = triton.next_power_of_2(chunks)
+    block = min(N, 2**14 // wide)
+    combine[rows, N // block](tables, stats, ring_out, v_scale, n_coded, w, base, largest / 2**15,
+                              N, chunks, SHORTEST, wide, M, block)
+    return torch.addmm(base, w, Dv).view_as(q)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -543,7 +531,7 @@ class DenseCache:
         for x, cached in zip((k, v), self.kv[:, layer]):
             cached.index_copy_(2, self.new, x.to(cached.dtype))
         keys, values = self.kv[:, layer].to(q.dtype)
-        if q.is_cuda and end - start == 1:  # one launch for every length: a step can be replayed
+        if q.is_cuda and end - start == 1:  # the same launch for every length: a step can be replayed
             if layer == 0:
                 self.seen = torch.arange(keys.shape[2], device=q.device) <= self.position
             mask = self.seen.expand(len(q), 1, 1, -1)
@@ -762,11 +750,10 @@ class SparseCache:
 
 def attention_table(device):
     """Microseconds of one decoded token's attention in one layer of Llama-3.1-8B's shape (N = 4096,
-    s = 8, 128 tokens in the buffer): over a dense cache, and over codes that use all atoms alike
-    or, as real ones do, some far more than others (Zipf)."""
+    s = 8, 128 tokens in the buffer): over a dense cache, and over codes that use all atoms alike or,
+    as real ones do, some far more than others (Zipf)."""
     cuda = device.type == "cuda"
-    dtype = torch.bfloat16 if cuda else torch.float32
-    L = 8 if cuda else 1  # layers in turn, so that the processor's caches are cold
+    dtype, L = (torch.bfloat16, 8) if cuda else (torch.float32, 1)  # layers in turn: caches are cold
     config = Config(vocab_size=1, dim=4096, n_layers=L, n_heads=32, kv_heads=8, head_dim=128,
                     ffn_dim=1, context=1)
     d = Dictionaries.random(config, 4096, device)
@@ -780,7 +767,7 @@ def attention_table(device):
                                      for layer in kv])]
         del kv
         for coding in ("fp8", "word"):
-            cache = SparseCache(config, d, 8, 128, 1, batch, T, coding=coding, dtype=dtype)
+            cache = SparseCache(config, d, 8, 128, batch=batch, capacity=T, coding=coding, dtype=dtype)
             cache.seen = cache.slots < 128
             cache.count(T, T - 128)
             cache.n_coded += T - 128

@@ -294,10 +294,9 @@ def substitute(z, triangle, r, j, step, ROWS: tl.constexpr, S: tl.constexpr,
 
 @jit(do_not_specialize=["items", "B"])
 def omp_kernel(Y, D, D_half, scratch, sync, indices, coefficients, exponents, items, B,
-               SIZE: tl.constexpr, N: tl.constexpr, M: tl.constexpr, S: tl.constexpr,
-               S_PADDED: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
-               ATOMS: tl.constexpr, TILE_BITS: tl.constexpr, SPLIT: tl.constexpr,
-               LIMIT: tl.constexpr):
+               SIZE: tl.constexpr, N: tl.constexpr, M: tl.constexpr, S: tl.constexpr, S_PADDED: tl.constexpr,
+               ROWS: tl.constexpr, BLOCK: tl.constexpr, ATOMS: tl.constexpr,
+               TILE_BITS: tl.constexpr, SPLIT: tl.constexpr, LIMIT: tl.constexpr):
     """OMP of B vectors for each dictionary; an item of work is ROWS vectors of one of them."""
     TILES: tl.constexpr = N // ATOMS // SPLIT
     part, groups = tl.program_id(0) % SPLIT, tl.cdiv(B, ROWS)

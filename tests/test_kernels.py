@@ -1,5 +1,5 @@
-"""The GPU's kernels against the readable versions: on a GPU; without one, in Triton's interpreter
-at small sizes, where a few lines of torch stand in for what is CUDA C++."""
+"""The GPU's kernels against the readable versions: on a GPU; without one, in Triton's interpreter at
+small sizes, where a few lines of torch stand in for what is CUDA C++."""
 
 from types import SimpleNamespace
 
@@ -63,8 +63,7 @@ class Codes:
         length = max(-(-n // self.CHUNKS), self.SHORTEST)
         for chunk, start in enumerate(range(0, n, length)):
             part = slice(start, min(start + length, n))
-            table = products[..., :self.G].float().view(*keys.shape[:2], self.N, self.G)
-            scores = keys[:, :, part] @ table
+            scores = keys[:, :, part] @ products.view(*keys.shape[:2], self.G, -1).float().mT
             top = scores.amax(2, keepdim=True)  # (B, H, 1, G)
             weight = torch.exp2(scores - top)
             scaled = (weight * units.expand(keys.shape[:3])[:, :, part, None]).sum(2)
