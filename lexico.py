@@ -502,7 +502,7 @@ def attend_codes(q, key_codes, value_codes, n_coded, ring, seen, bits):
     block = min(N, 2**14 // wide)
     combine[rows, N // block](tables, stats, ring_out, v_scale, n_coded, w, base, largest / 2**15,
                               N, chunks, SHORTEST, wide, M, block)
-    return torch.addmm(base, w, Dv).view_as(q)
+    return base.addmm_(w, Dv).view_as(q)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -531,7 +531,7 @@ class DenseCache:
         for x, cached in zip((k, v), self.kv[:, layer]):
             cached.index_copy_(2, self.new, x.to(cached.dtype))
         keys, values = self.kv[:, layer].to(q.dtype)
-        if q.is_cuda and end - start == 1:  # the same launch for every length: a step can be replayed
+        if q.is_cuda and end - start == 1:  # one launch for every length: a step can be replayed
             if layer == 0:
                 self.seen = torch.arange(keys.shape[2], device=q.device) <= self.position
             mask = self.seen.expand(len(q), 1, 1, -1)
@@ -750,10 +750,11 @@ class SparseCache:
 
 def attention_table(device):
     """Microseconds of one decoded token's attention in one layer of Llama-3.1-8B's shape (N = 4096,
-    s = 8, 128 tokens in the buffer): over a dense cache, and over codes that use all atoms alike or,
-    as real ones do, some far more than others (Zipf)."""
+    s = 8, 128 tokens in the buffer): over a dense cache, and over codes that use all atoms alike
+    or, as real ones do, some far more than others (Zipf)."""
     cuda = device.type == "cuda"
-    dtype, L = (torch.bfloat16, 8) if cuda else (torch.float32, 1)  # layers in turn: caches are cold
+    dtype = torch.bfloat16 if cuda else torch.float32
+    L = 8 if cuda else 1  # layers in turn, so that the processor's caches are cold
     config = Config(vocab_size=1, dim=4096, n_layers=L, n_heads=32, kv_heads=8, head_dim=128,
                     ffn_dim=1, context=1)
     d = Dictionaries.random(config, 4096, device)
@@ -767,7 +768,7 @@ def attention_table(device):
                                      for layer in kv])]
         del kv
         for coding in ("fp8", "word"):
-            cache = SparseCache(config, d, 8, 128, batch=batch, capacity=T, coding=coding, dtype=dtype)
+            cache = SparseCache(config, d, 8, 128, 1, batch, T, coding=coding, dtype=dtype)
             cache.seen = cache.slots < 128
             cache.count(T, T - 128)
             cache.n_coded += T - 128

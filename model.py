@@ -232,8 +232,10 @@ class Layer(nn.Module):
 
 def compile_layers():
     """torch.compile what stands around attention when one token passes: its small operations become
-    few kernels. Prompts differ in length and gain little, so they pass as they are."""
-    Layer.decode = torch.compile(Layer.begin), torch.compile(Layer.end)
+    few kernels. Prompts differ in length and gain little, so they pass as they are. The option has
+    products of one row with a matrix compiled, too, and tunes them: they take most of the time."""
+    Layer.decode = [torch.compile(part, options={"coordinate_descent_tuning": True})
+                    for part in (Layer.begin, Layer.end)]
 
 
 class Llama(nn.Module):

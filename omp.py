@@ -294,9 +294,10 @@ def substitute(z, triangle, r, j, step, ROWS: tl.constexpr, S: tl.constexpr,
 
 @jit(do_not_specialize=["items", "B"])
 def omp_kernel(Y, D, D_half, scratch, sync, indices, coefficients, exponents, items, B,
-               SIZE: tl.constexpr, N: tl.constexpr, M: tl.constexpr, S: tl.constexpr, S_PADDED: tl.constexpr,
-               ROWS: tl.constexpr, BLOCK: tl.constexpr, ATOMS: tl.constexpr,
-               TILE_BITS: tl.constexpr, SPLIT: tl.constexpr, LIMIT: tl.constexpr):
+               SIZE: tl.constexpr, N: tl.constexpr, M: tl.constexpr, S: tl.constexpr,
+               S_PADDED: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+               ATOMS: tl.constexpr, TILE_BITS: tl.constexpr, SPLIT: tl.constexpr,
+               LIMIT: tl.constexpr):
     """OMP of B vectors for each dictionary; an item of work is ROWS vectors of one of them."""
     TILES: tl.constexpr = N // ATOMS // SPLIT
     part, groups = tl.program_id(0) % SPLIT, tl.cdiv(B, ROWS)
@@ -401,10 +402,10 @@ def plan(D, B):
     if D.is_cuda:
         chip = torch.cuda.get_device_properties(D.device)
         processors, options = chip.multi_processor_count, dict(num_warps=8, num_stages=3)
-        if B > 16:
+        if B > 128:
             rows, block, options = 64, 32, dict(num_warps=4, num_stages=3, maxnreg=168)
         elif chip.shared_memory_per_block_optin > 200_000:
-            atoms = 256
+            rows, block, atoms = (16, 16, 256) if B <= 32 else (32, 32, 128)
     return rows, block, atoms, triton.next_power_of_2(D.shape[1] // atoms) - 1, processors, options
 
 

@@ -1,5 +1,5 @@
-"""The GPU's kernels against the readable versions: on a GPU; without one, in Triton's interpreter at
-small sizes, where a few lines of torch stand in for what is CUDA C++."""
+"""The GPU's kernels against the readable versions: on a GPU; without one, in Triton's interpreter
+at small sizes, where a few lines of torch stand in for what is CUDA C++."""
 
 from types import SimpleNamespace
 
