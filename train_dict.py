@@ -16,6 +16,7 @@ that hardly any vector uses is replaced by a vector that the others serve badly.
 
 import argparse
 import json
+import math
 import os
 import time
 from pathlib import Path
@@ -24,27 +25,12 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from safetensors import safe_open
-from safetensors.torch import save_file
 
 from lexico import Dictionaries, default_path
 from model import Config, InputError, Llama, Tokenizer, run_program, world
 from omp import omp, reconstruct, relative_error
 
 HELD_OUT = 0.05  # the last part of every file, never learned from
-
-
-class Recorder:
-    """A cache that keeps nothing but what passes: keys and values (2, L, B, H, T, m)."""
-
-    position = 0
-
-    def __init__(self):
-        self.kv = []
-
-    def attend(self, layer, q, k, v):
-        self.kv.append(torch.stack((k, v)))
-        return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
 
 
 class Simulated:
@@ -66,26 +52,33 @@ class Simulated:
 
     def attend(self, layer, q, k, v):
         B, heads, T, m = q.shape
-        q, k, v = q.view(B, k.shape[1], -1, T, m), k[:, :, None], v[:, :, None]  # (B, H, G, T, m)
-        compressed = self.compress and self.compress(layer, q, k, v)
-        t = torch.arange(T, device=q.device)
-        scores, unseen = q @ k.mT, t > t[:, None]  # (B, H, G, T, T)
+        grouped = q.view(B, k.shape[1], -1, T, m), k[:, :, None], v[:, :, None]  # (B, H, G, T, m)
+        compressed = self.compress and self.compress(layer, *grouped)
         if not compressed:
-            p = (scores / m**0.5).masked_fill(unseen, -torch.inf).softmax(-1)
-            return (p @ v).view(B, heads, T, m)
-        group, k_hat, v_hat, kept = compressed
+            return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+        (q, k, v), (group, k_hat, v_hat, kept) = grouped, compressed
+        t = torch.arange(T, device=q.device)
         leaves = (t // group + 1) * group - 1 + self.buffer  # a group leaves the buffer as a whole
         old = (t[:, None] >= leaves) & (t[:, None] >= self.start)  # (T, T)
-        scores = torch.where(old, q @ k_hat.mT, scores) / m**0.5
+        unseen = t > t[:, None]
         if kept is not None:
             unseen = unseen | old & ~kept
+        scores = torch.where(old, q @ k_hat.mT, q @ k.mT) / m**0.5  # (B, H, G, T, T)
         p = scores.masked_fill(unseen, -torch.inf).softmax(-1)
         return ((p * ~old) @ v + (p * old) @ v_hat).view(B, heads, T, m)
 
 
+@torch.inference_mode()
+def vectors(model, rows):
+    """Keys and values of token rows (B, T), all heads of a layer together: (2 L, B T H, m)."""
+    kv = []  # of each layer: (2, B, H, 1, T, m)
+    model(rows, Simulated(lambda layer, q, *both: kv.append(torch.stack(both))), last_only=True)
+    return torch.stack(kv, dim=1).flatten(2, 5).flatten(0, 1).float()
+
+
 def probed(m):
     """The two sparsities at which divergence is measured."""
-    return [-(-m * i // 64) for i in (4, 15)]
+    return [math.ceil(m * i / 64) for i in (4, 15)]
 
 
 @torch.inference_mode()
@@ -93,31 +86,21 @@ def divergence(model, atoms, first, rows, sparsities):
     """What each dictionary alone costs: mean KL(full || coded) of the next token, in nats, over
     rows (R, T) when one dictionary codes and nothing else does: (n, sparsities), for atoms
     (n, N, m), from number `first` on."""
-    full = [model(row[None], Simulated()).float().log_softmax(dim=-1) for row in rows]
+    def predict(compress=None):
+        return model(rows, Simulated(compress)).float().log_softmax(dim=-1)  # (R, T, vocabulary)
 
     def harm(D, kind, layer, s):
-        def compress(at, q, k, v):
+        def compress(at, q, *kv):
             if at != layer:
                 return None
-            kv = [k, v]
-            x = kv[kind]
-            kv[kind] = reconstruct(D, *omp(D, x.flatten(0, 3), s)).view_as(x).to(x.dtype)
-            return 1, *kv, None
-        coded = [model(row[None], Simulated(compress)).float().log_softmax(-1) for row in rows]
-        return sum(F.kl_div(*pair, log_target=True, reduction="sum")
-                   for pair in zip(coded, full)) / rows.numel()
+            coded, x = list(kv), kv[kind]
+            coded[kind] = reconstruct(D, *omp(D, x.flatten(0, 3), s)).view_as(x).to(x.dtype)
+            return 1, *coded, None
+        return F.kl_div(predict(compress), full, log_target=True, reduction="sum") / rows.numel()
 
-    harms = [harm(D, *divmod(i, model.config.n_layers), s)
-             for i, D in enumerate(atoms, first) for s in sparsities]
-    return torch.stack(harms).view(len(atoms), -1)
-
-
-@torch.inference_mode()
-def vectors(model, rows):
-    """Keys and values of token rows (B, T), all heads of a layer together: (2 L, B T H, m)."""
-    recorder = Recorder()
-    model(rows, recorder, last_only=True)
-    return torch.stack(recorder.kv, dim=1).flatten(2, 4).flatten(0, 1).float()
+    full = predict()
+    return torch.tensor([[harm(D, *divmod(i, model.config.n_layers), s) for s in sparsities]
+                         for i, D in enumerate(atoms, first)], device=rows.device)
 
 
 def exchange(X, ranks):
@@ -144,26 +127,26 @@ class Text:
 
     def __init__(self, paths, tokenizer, row_length):
         self.tokenizer, self.row_length = tokenizer, row_length
-        self.files = [read_text(path) for path in paths]
-        if sum(map(len, self.files)) < 100 * row_length:
+        files = [read_text(path) for path in paths]
+        if sum(map(len, files)) < 100 * row_length:
             raise InputError(f"{', '.join(map(str, paths))}: too little text to learn from; "
                              f"give at least {100 * row_length // 1000} kB")
+        cuts = [int(len(data) * (1 - HELD_OUT)) for data in files]
+        self.learned = b"".join(data[:cut] for data, cut in zip(files, cuts))
+        self.held_out = b"".join(data[cut:] for data, cut in zip(files, cuts))
 
     def rows(self, count, seed, held_out=False):
         """Rows (count, row_length) from the parts to learn from, or from the held-out parts."""
-        rng = np.random.default_rng([seed, held_out])
-        sizes = np.array([len(data) for data in self.files])
-        return torch.tensor([self._row(self.files[i], rng, held_out) for i in
-                             rng.choice(len(sizes), count, p=sizes / sizes.sum())])
+        data = self.held_out if held_out else self.learned
+        places = np.random.default_rng([seed, held_out]).integers(len(data), size=count)
+        return torch.tensor([self._row(data, place) for place in places.tolist()])
 
-    def _row(self, data, rng, held_out):
-        cut = int(len(data) * (1 - HELD_OUT))
-        start, end = (cut, len(data)) if held_out else (0, cut)
-        tokens, place = [], start + int(rng.random() * (end - start))
+    def _row(self, data, place):
+        tokens = []
         while len(tokens) < self.row_length:  # a row that reaches the end goes on at the beginning
-            piece = data[place:min(place + 8 * self.row_length, end)].decode("utf-8", "ignore")
+            piece = data[place:place + 8 * self.row_length].decode("utf-8", "ignore")
             tokens += self.tokenizer.encode(piece, bos=not tokens)
-            place = start
+            place = 0
         return tokens[:self.row_length]
 
 
@@ -173,19 +156,16 @@ def read_text(path):
         if Path(path).suffix == ".parquet":
             import pyarrow.parquet
             return "".join(pyarrow.parquet.read_table(path)["text"].to_pylist()).encode()
-        data = Path(path).read_bytes()
+        text = Path(path).read_text(encoding="utf-8")
         if Path(path).suffix == ".jsonl":
-            data = "\n\n".join(json.loads(line)["text"] for line in data.splitlines()).encode()
-        data.decode("utf-8")
-        return data
-    except ImportError:
-        raise InputError(f"text '{path}' needs another package: pip install pyarrow") from None
-    except UnicodeDecodeError:
-        raise InputError(f"text '{path}' is not UTF-8; convert it first") from None
-    except OSError as error:
-        raise InputError(f"text '{path}': {error.strerror}; give a text or .jsonl file") from None
+            text = "\n\n".join(json.loads(line)["text"] for line in text.splitlines())
+        return text.encode()
+    except (OSError, ImportError) as error:
+        raise InputError(f"text '{path}': {error}; give a text or .jsonl file, or .parquet with "
+                         "pyarrow installed") from None
     except (ValueError, KeyError, TypeError):
-        raise InputError(f"text '{path}': not every line is JSON with a \"text\" field") from None
+        raise InputError(f"text '{path}' is not UTF-8, or not made of lines or rows with a "
+                         "\"text\" field; convert it first") from None
 
 
 class Learner:
@@ -203,35 +183,36 @@ class Learner:
 
     @torch.inference_mode()
     def step(self, X):
-        """Learn from vectors X (M, V, m)."""
-        D, A, B, used, largest = self.state.values()
-        M, N, m = D.shape
+        """Learn from vectors X (M, V, m): how many atoms of each dictionary were replaced (M,)."""
+        D, *sums, largest = self.state.values()
         indices, Z = omp(D, X, self.sparsity)  # (M, V, s)
-        residual = X.norm(dim=-1) * relative_error(D, X, indices, Z)  # (M, V)
         largest.copy_(torch.maximum(largest, Z.abs().amax(dim=(1, 2))))
+        residual = (X - reconstruct(D, indices, Z)).norm(dim=-1)  # (M, V)
+        # One dictionary at a time, for what is (N, N) or (V, s, m) is large.
+        return torch.tensor([self._update(*parts) for parts in
+                             zip(D, *sums, X, indices, Z, residual)], device=X.device)
+
+    def _update(self, D, A, B, used, X, indices, Z, residual):
+        """Make one dictionary better, in place: how many atoms were replaced."""
+        N = len(D)
         # The sums. Z stays sparse: a vector adds s^2 numbers to A, and s rows to B.
-        for total in (A, B, used):
-            total.mul_(self.fade)
-        places = torch.arange(0, M * N, N, device=X.device)[:, None, None] + indices  # (M, V, s)
-        used.view(-1).index_add_(0, places.flatten(), torch.ones_like(Z).flatten())
-        for j in range(self.sparsity):  # one coefficient of all vectors at a time, to save memory
-            row, z = places[..., j], Z[..., j, None]  # (M, V), (M, V, 1)
-            A.view(-1).index_add_(0, (row[..., None] * N + indices).flatten(), (z * Z).flatten())
-            B.view(M * N, m).index_add_(0, row.flatten(), (z * X).flatten(0, 1))
+        pairs = indices[:, :, None] * N + indices[:, None]  # (V, s, s), places in A
+        A.mul_(self.fade).view(-1).index_add_(
+            0, pairs.flatten(), (Z[:, :, None] * Z[:, None]).flatten())
+        B.mul_(self.fade).index_add_(
+            0, indices.flatten(), (Z[..., None] * X[:, None]).flatten(0, 1))
+        used.mul_(self.fade).add_(indices.flatten().bincount(minlength=N))
         # The closed form, with a little weight on the atoms as they are: it holds those in place
         # that too few vectors have used yet, and keeps A invertible.
-        hold = 0.01 * A.diagonal(dim1=-2, dim2=-1).mean(dim=-1)[:, None, None]  # (M, 1, 1)
+        hold = 0.01 * A.diagonal().mean()
         factor = torch.linalg.cholesky(A + hold * torch.eye(N, device=A.device))
         D.copy_(F.normalize(torch.cholesky_solve(B + hold * D, factor), dim=-1))
         # Atoms used less than a twentieth of the average make way for the worst-served vectors.
-        dead = used < 0.05 * used.mean(dim=-1, keepdim=True)  # (M, N)
-        worst = residual.argsort(dim=-1, descending=True)  # (M, V)
-        for i in dead.any(dim=-1).nonzero().flatten().tolist():
-            atoms = dead[i].nonzero().flatten()[:X.shape[1]]
-            D[i, atoms] = F.normalize(X[i, worst[i, :len(atoms)]], dim=-1)
-            A[i, atoms], A[i, :, atoms], B[i, atoms] = 0, 0, 0
-            used[i, atoms] = used[i].mean()  # a new atom has time to prove itself
-        return dead.sum(dim=-1)  # (M,)
+        dead = (used < 0.05 * used.mean()).nonzero().flatten()[:len(X)]
+        D[dead] = F.normalize(X[residual.topk(len(dead)).indices], dim=-1)
+        A[dead], A[:, dead], B[dead] = 0, 0, 0
+        used[dead] = used.mean()  # a new atom has time to prove itself
+        return len(dead)
 
     def errors(self, X):
         """Mean relative error of vectors X (M, V, m), for each dictionary (M,)."""
@@ -265,56 +246,55 @@ def learn(args, model, tokenizer, settings):
     steps, held_out = max(1, round(args.tokens / (count * row_length))), batch(0, held_out=True)
     if args.fine_tune:
         atoms = Dictionaries.load(args.fine_tune, device).check(model.config).atoms
-        args.atoms, atoms = atoms.shape[2], atoms.flatten(0, 1)[mine]
+        atoms = atoms.flatten(0, 1)[mine]
     else:  # atoms start as vectors of the text
         X = torch.cat([batch(seed) for seed in range(-(-args.atoms // held_out.shape[1]))], dim=1)
         atoms = F.normalize(X[:, torch.randperm(X.shape[1])[:args.atoms].to(device)], dim=-1)
-    learner, checkpoint = Learner(atoms, args.sparsity, args.fade), f"{args.out}.checkpoint"
-    first = step = load_checkpoint(checkpoint, learner, settings, mine) if args.resume else 0
-    began = saved = shown = clock()
-    while step < steps:
-        replaced = learner.step(batch(1 + step))  # (2 L / ranks,)
-        step, now = step + 1, clock()
-        if now - saved > args.checkpoint_seconds and step < steps:
+    learner, first, checkpoint = Learner(atoms, args.sparsity, args.fade), 0, f"{args.out}.checkpoint"
+    if args.resume:
+        saved = load_checkpoint(checkpoint, settings)
+        first = saved["step"]
+        for name, tensor in learner.state.items():
+            tensor.copy_(saved["state"][name][mine])
+    began = last = clock()
+    for step in range(first + 1, steps + 1):
+        replaced, now = learner.step(batch(step)), clock()
+        if now - last > args.checkpoint_seconds and step < steps:
             state = {name: gather(part, ranks) for name, part in learner.state.items()}
             if rank == 0:
-                save_checkpoint(checkpoint, state, settings, step)
-            saved = now
-        if now - shown > 5 or step in (first + 1, steps):
-            errors = gather(learner.errors(held_out), ranks)
+                save_checkpoint(checkpoint, {"settings": settings, "step": step, "state": state})
+            last = now
+        if step % 10 == 0 or step in (first + 1, steps):
+            errors, dead = gather(learner.errors(held_out), ranks), gather(replaced, ranks).sum()
             keys, values = errors.view(2, -1).mean(dim=1).tolist()
-            dead = gather(replaced, ranks).sum().item()
-            left = (now - began) / (step - first) * (steps - step)
-            bar = "#" * (30 * step // steps)
-            print(f"[{bar:30}] {step}/{steps}  held-out error keys {keys:.3f} values {values:.3f}  "
-                  f"{dead} atoms replaced  {left:.0f} s left", flush=True)
-            shown = now
+            each = (now - began) / (step - first)  # seconds
+            print(f"[{'#' * (30 * step // steps):30}] {step}/{steps}  held-out error keys "
+                  f"{keys:.3f} values {values:.3f}  {dead} atoms replaced  "
+                  f"{each * (steps - step):.0f} s left", flush=True)
+    print(f"learning took {1e6 * each / (count * row_length):.0f} s per million tokens")
     # How much each dictionary matters, on text that was learned from.
     D, largest = learner.state["D"], learner.state["largest"]
     harm = divergence(model, D, mine.start, text.rows(2, 1)[:, :512].to(device),
                       probed(model.config.head_dim))
-    return [gather(x, ranks) for x in (D, largest, learner.errors(held_out), harm)]
+    return [gather(x, ranks) for x in (D, largest, errors.chunk(ranks)[rank], harm)]
 
 
-def save_checkpoint(path, state, settings, step):
-    header = {"settings": json.dumps(settings), "step": str(step)}
-    save_file(state, f"{path}.part", metadata=header)
+def save_checkpoint(path, checkpoint):
+    torch.save(checkpoint, f"{path}.part")
     os.replace(f"{path}.part", path)
 
 
-def load_checkpoint(path, learner, settings, mine):
-    """Put the dictionaries `mine` of a checkpoint into learner: the step to go on from."""
+def load_checkpoint(path, settings):
+    """What save_checkpoint wrote. Raises InputError if there is none, or of other settings."""
     if not os.path.exists(path):
         raise InputError(f"--resume: there is no checkpoint {path}; start without --resume")
-    with safe_open(path, "pt") as file:
-        was = json.loads(file.metadata()["settings"])
-        differing = [f"--{name} {value}" for name, value in was.items() if value != settings[name]]
-        if differing:
-            raise InputError(f"--resume: {path} was made with {', '.join(differing)}; repeat that, "
-                             "or start without --resume")
-        for name, tensor in learner.state.items():
-            tensor.copy_(file.get_slice(name)[mine])
-        return int(file.metadata()["step"])
+    saved = torch.load(path, mmap=True)
+    differing = [f"--{name} {value}" for name, value in saved["settings"].items()
+                 if value != settings[name]]
+    if differing:
+        raise InputError(f"--resume: {path} was made with {', '.join(differing)}; repeat that, or "
+                         "start without --resume")
+    return saved
 
 
 def wikitext():
