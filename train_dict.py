@@ -76,11 +76,6 @@ def vectors(model, rows):
     return torch.stack(kv, dim=1).flatten(2, 5).flatten(0, 1).float()
 
 
-def probed(m):
-    """The two sparsities at which divergence is measured."""
-    return [math.ceil(m * i / 64) for i in (4, 15)]
-
-
 @torch.inference_mode()
 def divergence(model, atoms, first, rows, sparsities):
     """What each dictionary alone costs: mean KL(full || coded) of the next token, in nats, over
@@ -103,21 +98,21 @@ def divergence(model, atoms, first, rows, sparsities):
                          for i, D in enumerate(atoms, first)], device=rows.device)
 
 
-def exchange(X, ranks):
+def exchange(X):
     """From vectors of all dictionaries, of this rank's rows of text (M, V, m), to those of this
     rank's dictionaries, of all rows: (M / ranks, ranks V, m)."""
-    if ranks == 1:
+    if not dist.is_initialized():
         return X
     out = torch.empty_like(X)
     dist.all_to_all_single(out, X)
-    return out.unflatten(0, (ranks, -1)).transpose(0, 1).flatten(1, 2)
+    return out.unflatten(0, (dist.get_world_size(), -1)).transpose(0, 1).flatten(1, 2)
 
 
-def gather(x, ranks):
+def gather(x):
     """The x of all ranks, one after the other along the first dimension."""
-    if ranks == 1:
+    if not dist.is_initialized():
         return x
-    parts = [torch.empty_like(x) for _ in range(ranks)]
+    parts = [torch.empty_like(x) for _ in range(dist.get_world_size())]
     dist.all_gather(parts, x)
     return torch.cat(parts)
 
@@ -137,17 +132,15 @@ class Text:
 
     def rows(self, count, seed, held_out=False):
         """Rows (count, row_length) from the parts to learn from, or from the held-out parts."""
-        data = self.held_out if held_out else self.learned
-        places = np.random.default_rng([seed, held_out]).integers(len(data), size=count)
-        return torch.tensor([self._row(data, place) for place in places.tolist()])
-
-    def _row(self, data, place):
-        tokens = []
-        while len(tokens) < self.row_length:  # a row that reaches the end goes on at the beginning
-            piece = data[place:place + 8 * self.row_length].decode("utf-8", "ignore")
-            tokens += self.tokenizer.encode(piece, bos=not tokens)
-            place = 0
-        return tokens[:self.row_length]
+        data, rows = self.held_out if held_out else self.learned, []
+        for place in np.random.default_rng([seed, held_out]).integers(len(data), size=count):
+            tokens = []
+            while len(tokens) < self.row_length:  # from the end, a row goes on at the beginning
+                piece = data[place:place + 8 * self.row_length].decode("utf-8", "ignore")
+                tokens += self.tokenizer.encode(piece, bos=not tokens)
+                place = 0
+            rows.append(tokens[:self.row_length])
+        return torch.tensor(rows)
 
 
 def read_text(path):
@@ -221,8 +214,7 @@ class Learner:
 
 
 def learn(args, model, tokenizer, settings):
-    """Learn as args say: atoms (2 L, N, m), their largest coefficients and held-out errors (2 L,),
-    and the divergence table (2 L, 2).
+    """Learn as args say: Dictionaries, with their errors and divergences.
 
     Ranks share the work twice: each runs the model over its rows of a batch, and then, once all
     vectors have gone where they belong, learns its dictionaries from the vectors of all rows. A
@@ -238,63 +230,66 @@ def learn(args, model, tokenizer, settings):
 
     def batch(seed, held_out=False):
         rows = text.rows(count, seed, held_out).chunk(ranks)[rank]
-        return exchange(vectors(model, rows.to(device)), ranks)
+        return exchange(vectors(model, rows.to(device)))
 
     def clock():  # one for all, for it decides what they do together
-        return gather(torch.tensor([time.time()], dtype=torch.float64), ranks)[0].item()
+        return gather(torch.tensor([time.time()], dtype=torch.float64))[0].item()
 
     steps, held_out = max(1, round(args.tokens / (count * row_length))), batch(0, held_out=True)
     if args.fine_tune:
-        atoms = Dictionaries.load(args.fine_tune, device).check(model.config).atoms
-        atoms = atoms.flatten(0, 1)[mine]
+        d = Dictionaries.load(args.fine_tune, device).check(model.config)
+        D = d.atoms.flatten(0, 1)[mine]
     else:  # atoms start as vectors of the text
-        X = torch.cat([batch(seed) for seed in range(-(-args.atoms // held_out.shape[1]))], dim=1)
-        atoms = F.normalize(X[:, torch.randperm(X.shape[1])[:args.atoms].to(device)], dim=-1)
-    learner, first, checkpoint = Learner(atoms, args.sparsity, args.fade), 0, f"{args.out}.checkpoint"
+        batches = math.ceil(args.atoms / held_out.shape[1])
+        X = torch.cat([batch(seed) for seed in range(batches)], dim=1)
+        D = F.normalize(X[:, torch.randperm(X.shape[1])[:args.atoms].to(device)], dim=-1)
+    learner = Learner(D, args.sparsity, args.fade)
+    first, checkpoint = 0, f"{args.out}.checkpoint"
     if args.resume:
-        saved = load_checkpoint(checkpoint, settings)
-        first = saved["step"]
+        first, state = load_checkpoint(checkpoint, settings)
         for name, tensor in learner.state.items():
-            tensor.copy_(saved["state"][name][mine])
-    began = last = clock()
+            tensor.copy_(state[name][mine])
+    began = saved = clock()
     for step in range(first + 1, steps + 1):
         replaced, now = learner.step(batch(step)), clock()
-        if now - last > args.checkpoint_seconds and step < steps:
-            state = {name: gather(part, ranks) for name, part in learner.state.items()}
+        if now - saved > args.checkpoint_seconds and step < steps:
+            state = {name: gather(tensor) for name, tensor in learner.state.items()}
             if rank == 0:
-                save_checkpoint(checkpoint, {"settings": settings, "step": step, "state": state})
-            last = now
+                torch.save((step, settings, state), f"{checkpoint}.part")
+                os.replace(f"{checkpoint}.part", checkpoint)
+            saved = now
         if step % 10 == 0 or step in (first + 1, steps):
-            errors, dead = gather(learner.errors(held_out), ranks), gather(replaced, ranks).sum()
-            keys, values = errors.view(2, -1).mean(dim=1).tolist()
-            each = (now - began) / (step - first)  # seconds
+            errors = gather(learner.errors(held_out)).view(2, -1)
+            keys, values = errors.mean(dim=1).tolist()
+            seconds = (now - began) / (step - first)
             print(f"[{'#' * (30 * step // steps):30}] {step}/{steps}  held-out error keys "
-                  f"{keys:.3f} values {values:.3f}  {dead} atoms replaced  "
-                  f"{each * (steps - step):.0f} s left", flush=True)
-    print(f"learning took {1e6 * each / (count * row_length):.0f} s per million tokens")
+                  f"{keys:.3f} values {values:.3f}  {gather(replaced).sum()} atoms replaced  "
+                  f"{seconds * (steps - step):.0f} s left", flush=True)
+    print(f"learning took {1e6 * seconds / (count * row_length):.0f} s per million tokens")
     # How much each dictionary matters, on text that was learned from.
+    sparsities = [math.ceil(model.config.head_dim * i / 64) for i in (4, 15)]
     D, largest = learner.state["D"], learner.state["largest"]
-    harm = divergence(model, D, mine.start, text.rows(2, 1)[:, :512].to(device),
-                      probed(model.config.head_dim))
-    return [gather(x, ranks) for x in (D, largest, errors.chunk(ranks)[rank], harm)]
-
-
-def save_checkpoint(path, checkpoint):
-    torch.save(checkpoint, f"{path}.part")
-    os.replace(f"{path}.part", path)
+    harm = divergence(model, D, mine.start, text.rows(2, 1)[:, :512].to(device), sparsities)
+    D, largest, harm = (gather(x).unflatten(0, (2, -1)) for x in (D, largest, harm))
+    # Stored coefficients get head room: the largest one met becomes 64 of FP8's 448.
+    return Dictionaries(
+        D, (largest / 64).clamp(min=1e-8), model.config, model=str(args.model),
+        sparsity=args.sparsity, text=[Path(path).name for path in args.text], tokens=args.tokens,
+        key_errors=errors[0].tolist(), value_errors=errors[1].tolist(),
+        divergence={"sparsity": sparsities, "kl": harm.tolist()})
 
 
 def load_checkpoint(path, settings):
-    """What save_checkpoint wrote. Raises InputError if there is none, or of other settings."""
+    """Step and state of a checkpoint. Raises InputError if there is none, or of other settings."""
     if not os.path.exists(path):
         raise InputError(f"--resume: there is no checkpoint {path}; start without --resume")
-    saved = torch.load(path, mmap=True)
-    differing = [f"--{name} {value}" for name, value in saved["settings"].items()
+    step, made_with, state = torch.load(path, mmap=True)
+    differing = [f"--{name} {value}" for name, value in made_with.items()
                  if value != settings[name]]
     if differing:
         raise InputError(f"--resume: {path} was made with {', '.join(differing)}; repeat that, or "
                          "start without --resume")
-    return saved
+    return step, state
 
 
 def wikitext():
@@ -308,45 +303,44 @@ def wikitext():
                          f"{str(error).strip().splitlines()[0]}; give --text FILE") from None
 
 
-def error_table(keys, values):
+def error_table(d):
     """Mean relative error of each dictionary on held-out text, as Markdown."""
-    rows = [*enumerate(zip(keys, values)), ("mean", (np.mean(keys), np.mean(values)))]
+    keys, values = d.metadata["key_errors"], d.metadata["value_errors"]
+    rows = [*zip(range(len(keys)), keys, values), ("mean", np.mean(keys), np.mean(values))]
     return "| layer | keys | values |\n|---|---|---|\n" + "\n".join(
-        f"| {layer} | {key:.3f} | {value:.3f} |" for layer, (key, value) in rows)
+        f"| {layer} | {key:.3f} | {value:.3f} |" for layer, key, value in rows)
 
 
-CARD = """---
+def card(d, name):
+    """A README.md that the Hub can read. Its licence is left to whoever shares it."""
+    about, (_, n_layers, n_atoms, head_dim) = d.metadata, d.atoms.shape
+    # Only a Hub id may be a base_model.
+    is_hub_id = about["model"].count("/") == 1 and not Path(about["model"]).exists()
+    base_model = f"base_model: {about['model']}\n" if is_hub_id else ""
+    return f"""---
 library_name: lexico
-{base}tags: [kv-cache-compression, sparse-coding]
+{base_model}tags: [kv-cache-compression, sparse-coding]
 ---
-# Lexico dictionaries for {model}
+# Lexico dictionaries for {about["model"]}
 
 For a KV cache of sparse codes ([Lexico](https://arxiv.org/abs/2412.08890)): for the keys and for
-the values of each of {n_layers} layers {atoms} atoms of {head_dim} numbers. Learned from {tokens}
-tokens of {text}, with {sparsity} atoms a vector.
+the values of each of {n_layers} layers {n_atoms} atoms of {head_dim} numbers. Learned from
+{about["tokens"]} tokens of {", ".join(about["text"])}, with {about["sparsity"]} atoms a vector.
 
-    python generate.py --model {model} --dictionary OWNER/{name}
+    python generate.py --model {about["model"]} --dictionary OWNER/{name}
 
 Mean relative error on held-out text, with as many atoms:
 
-{errors}
+{error_table(d)}
 """
 
 
 def save_folder(d, folder):
-    """Write a folder that can be uploaded: dictionaries and a README.md that the Hub can read.
-
-    It appears when it is whole. Its licence is left to whoever shares it.
-    """
-    part, about = Path(f"{folder}.part"), {**d.shape, **d.metadata}
+    """Write a folder that can be uploaded, dictionaries and card. It appears when it is whole."""
+    part = Path(f"{folder}.part")
     part.mkdir(parents=True, exist_ok=True)
     d.save(part / "dictionary.safetensors")
-    # Only a Hub id may be a base_model.
-    hub_id = about["model"].count("/") == 1 and not Path(about["model"]).exists()
-    about.update(base=f"base_model: {about['model']}\n" if hub_id else "", atoms=d.n_atoms,
-                 text=", ".join(about["text"]), name=folder.name,
-                 errors=error_table(about["key_errors"], about["value_errors"]))
-    (part / "README.md").write_text(CARD.format(**about), encoding="utf-8")
+    (part / "README.md").write_text(card(d, folder.name), encoding="utf-8")
     os.replace(part, folder)
 
 
@@ -360,20 +354,20 @@ def main():
     parser.add_argument("--tokens", type=int, default=100_000, help="tokens to learn from (100000)")
     parser.add_argument("--batch", type=int, default=2048, help="tokens of a step (2048)")
     parser.add_argument("--fade", type=float, default=0.9, help="what a step leaves of old sums")
-    parser.add_argument("--out", help="FILE.safetensors, or a new folder, to share, "
+    parser.add_argument("--out", type=Path, help="FILE.safetensors, or a new folder, to share, "
                         "with a model card (default: MODEL.dictionary.safetensors)")
     parser.add_argument("--fine-tune", metavar="DICT", help="start from these dictionaries")
     parser.add_argument("--resume", action="store_true", help="go on from the last checkpoint")
     parser.add_argument("--checkpoint-seconds", type=float, default=30)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", help="default: the best there is")
-    args = parser.parse_args()
+    args, began = parser.parse_args(), time.time()
     config = Config.from_pretrained(args.model)
     for name, least, most in (("sparsity", 1, config.head_dim), ("atoms", config.head_dim, 32768),
-                              ("tokens", 1, 10**12), ("batch", 1, 10**9)):
+                              ("tokens", 1, 10**12), ("batch", 1, 10**9), ("fade", 0, 1)):
         if not least <= getattr(args, name) <= most:
             raise InputError(f"--{name} {getattr(args, name)} is outside {least} .. {most}")
-    args.out = Path(args.out or default_path(args.model))
+    args.out = args.out or Path(default_path(args.model))
     is_folder = args.out.suffix != ".safetensors"
     if is_folder and args.out.exists():
         raise InputError(f"--out {args.out} exists; name a new folder, or a FILE.safetensors")
@@ -382,24 +376,13 @@ def main():
                 if name not in ("out", "resume", "checkpoint_seconds", "device")}
     torch.manual_seed(args.seed)
     device, args.rank, args.ranks = world(args.device)
-    dtype = torch.float32 if device.type == "cpu" else None
-    model = Llama.from_pretrained(args.model, device, dtype)
-    began = time.time()
-    tokenizer = Tokenizer.from_pretrained(args.model)
-    atoms, largest, errors, harm = (x.cpu().unflatten(0, (2, -1)) for x in
-                                    learn(args, model, tokenizer, settings))
-    keys, values = errors.tolist()
-    # Stored coefficients get head room: the largest one met becomes 64 of FP8's 448.
-    scale = (largest / 64).clamp(min=1e-8)
-    names = [Path(path).name for path in args.text]
-    learned = Dictionaries(
-        atoms, scale, config, model=str(args.model), sparsity=args.sparsity, text=names,
-        tokens=args.tokens, key_errors=keys, value_errors=values,
-        divergence={"sparsity": probed(config.head_dim), "kl": harm.tolist()})
+    model = Llama.from_pretrained(args.model, device,
+                                  torch.float32 if device.type == "cpu" else None)
+    learned = learn(args, model, Tokenizer.from_pretrained(args.model), settings)
     if args.rank == 0:
         save_folder(learned, args.out) if is_folder else learned.save(args.out)
         Path(f"{args.out}.checkpoint").unlink(missing_ok=True)
-    print(f"\nrelative error on held-out text\n{error_table(keys, values)}")
+    print(f"\nrelative error on held-out text\n{error_table(learned)}")
     print(f"{args.out} written after {time.time() - began:.0f} s")
 
 
