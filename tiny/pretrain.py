@@ -14,6 +14,7 @@ import random
 import re
 import sys
 import unicodedata
+from collections import defaultdict
 from pathlib import Path
 
 import numpy as np
@@ -23,7 +24,7 @@ import torch.nn.functional as F
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # model.py lies one folder up
 from model import LLAMA3_SPLIT, Config, Llama, Tokenizer
 
-SETTINGS = dict(text="stories", data=".data", out="tiny", steps=4810, batch=48, layers=6, dim=384)
+SETTINGS = dict(text="stories", data=".data", out="tiny", steps=4810, batch=48)
 VOCAB, BOS, EOS = 4096, 0, 1
 ROW = 2049  # a training row: 2048 inputs and, one later, their 2048 targets
 SHARES = dict(modern=11, tales=15, classics=27, novels=34, recall=13)  # of a batch, in percent
@@ -35,7 +36,6 @@ SKIP = re.compile("smallGPT|Treasury|Stevenson_Treas|Captains_1896|princess.txt|
                   "jemima|bunny|flopsy|mice|rabbit|pg34206|pg22373|chesterton|edgeworth|Ford|Troop")
 NOT_STORY = re.compile(r"(chapter|contents|illustrat|story notes|\W?\d)|.*(http|nigger)", re.I)
 
-REMEMBER = "Read and remember.\n\n"  # begins every recall document, so that stories stay stories
 NAMES = "Lily Tom Ben Mia Anna Sam Max Sara Tim Lucy Jack Sue Bob Amy Kate Peter Jane".split()
 PLACES = "barn garden kitchen forest church cave tower stable mill school well cellar".split()
 PETS = "Rex Spot Bella Daisy Coco Rover Misty Ginger Patch Snowy Teddy Sunny".split()
@@ -69,7 +69,8 @@ def recall(rng, filler, n_facts=4, n_questions=1, depth=None):
         place = rng.random() if depth is None or question not in asked else depth
         lines.insert(round(place * len(lines)), fact[0].upper() + fact[1:] + " ")
     questions = [("\n\n" + question, f" {facts[question][1]}") for question in asked]
-    return REMEMBER + "".join(lines).rstrip(), questions
+    # The first words are those of no story, so that stories stay stories.
+    return "Read and remember.\n\n" + "".join(lines).rstrip(), questions
 
 
 def recall_row(rng, text, encode):
@@ -116,34 +117,34 @@ def train_tokenizer(texts):
     return tokenizer
 
 
-def prepare(args, n_rows=3000):
+def prepare(args):
     "Write tokenizer.json, tokens.npz, train.txt and held-out.txt into --out."
-    rng, out, arrays = random.Random(0), Path(args.out), {}
-    parts = {part: {group: [] for group in GROUPS} for part in ("train", "held")}
+    rng, out = random.Random(0), Path(args.out)
+    documents, simple = defaultdict(list), defaultdict(list)  # simple: all but the novels
     for group, names in GROUPS.items():
         paths = [path for name in names.split() for path in Path(args.text, name).glob("*.txt")]
-        texts = [path.read_text("utf-8") for path in sorted(paths) if not SKIP.search(path.name)]
-        docs = [clean(doc) for text in texts for doc in text.split("<|endoftext|>")]
+        docs = [clean(doc) for path in sorted(paths) if not SKIP.search(path.name)
+                for doc in path.read_text("utf-8").split("<|endoftext|>")]
         docs = [doc for doc in docs if len(doc) > 200]
         rng.shuffle(docs)
         room = 0.015 * sum(map(len, docs))  # whole documents are held out, not windows of them
         for doc in docs:
-            part = "held" if len(doc) < room else "train"
-            room -= len(doc) * (part == "held")
-            parts[part][group].append(doc)
-    # All but the novels.
-    simple = {part: sum(list(groups.values())[:3], []) for part, groups in parts.items()}
+            part = "held-out" if len(doc) < room else "train"
+            room -= len(doc) * (part == "held-out")
+            documents[f"{group}.{part}"].append(doc)
+            if group != "novels":
+                simple[part].append(doc)
     out.mkdir(parents=True, exist_ok=True)
     train_tokenizer(simple["train"]).save(str(out / "tokenizer.json"))
     encode = Tokenizer.from_pretrained(out).encode_text
-    for part, n, name in (("train", n_rows, "train.txt"), ("held", 64, "held-out.txt")):
-        for group, docs in parts[part].items():
-            arrays[f"{group}.{part}"] = [i for doc in docs for i in (BOS, *encode(doc), EOS)]
+    arrays = {name: [i for doc in docs for i in (BOS, *encode(doc), EOS)]
+              for name, docs in documents.items()}
+    for part, n in (("train", 3000), ("held-out", 64)):
         filler = "\n\n".join(simple[part])
         arrays[f"recall.{part}"] = np.ravel([recall_row(rng, filler, encode) for _ in range(n)])
-        (out / name).write_text("\n\n\n".join(simple[part]))
+        (out / f"{part}.txt").write_text("\n\n\n".join(simple[part]))
     np.savez_compressed(out / "tokens.npz", **{k: np.uint16(v) for k, v in arrays.items()})
-    print("\n".join(f"{name:15} {len(array):10,} tokens" for name, array in arrays.items()))
+    print("\n".join(f"{name:17} {len(array):10,} tokens" for name, array in arrays.items()))
 
 
 def sample_batch(data, size, digits):
@@ -152,11 +153,11 @@ def sample_batch(data, size, digits):
     for group, share in SHARES.items():
         tokens, step = data[f"{group}.train"], ROW if group == "recall" else 1  # recall has rows
         starts = torch.randint((len(tokens) - ROW) // step, (round(size * share / 100), 1)) * step
-        rows.append(tokens[(starts + torch.arange(ROW)).to(tokens.device)])
+        rows.append(tokens[starts + torch.arange(ROW)])
     rows = torch.cat(rows)
     # Every row swaps its digits about: codes are new each time, and can only be looked up.
-    swap = torch.arange(VOCAB, device=rows.device).repeat(len(rows), 1)
-    swap[:, digits] = digits[torch.rand(len(rows), 10, device=rows.device).argsort(1)]
+    swap = torch.arange(VOCAB).repeat(len(rows), 1)
+    swap[:, digits] = digits[torch.rand(len(rows), 10).argsort(1)]
     return swap.gather(1, rows % VOCAB), rows >= VOCAB
 
 
@@ -172,7 +173,7 @@ def evaluate(model, data):
     "Held-out loss of every group, and the share of recall answers with all their tokens right."
     report = ""
     for group in SHARES:
-        rows = data[f"{group}.held"].unfold(0, ROW, ROW)[:32]
+        rows = data[f"{group}.held-out"].unfold(0, ROW, ROW)[:32]
         loss, right = losses(model.eval(), rows % VOCAB)
         report += f"{group} {loss.mean().item():.3f} "
     model.train()
@@ -184,29 +185,29 @@ def evaluate(model, data):
 
 def train(args):
     "Write the model that `args.steps` batches make of the data in --data into --out."
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    torch.set_default_device("cuda")
     torch.manual_seed(0)
-    digits = Tokenizer.from_pretrained(args.data).encode_text("0123456789")
-    digits, arrays = torch.tensor(digits, device=device), np.load(f"{args.data}/tokens.npz")
-    data = {name: torch.from_numpy(arrays[name].astype("int64")).to(device) for name in arrays}
-    config = Config(VOCAB, args.dim, args.layers, args.dim // 64, kv_heads=2, head_dim=64,
-                    ffn_dim=args.dim * 8 // 3, context=ROW - 1, tied=True, bos_id=0, eos_ids=(1,))
-    model = Llama(config).init_weights().to(device)
+    digits = torch.tensor(Tokenizer.from_pretrained(args.data).encode_text("0123456789"))
+    arrays = np.load(f"{args.data}/tokens.npz")
+    data = {name: torch.tensor(arrays[name].astype("int64")) for name in arrays}
+    config = Config(VOCAB, dim=384, n_layers=6, n_heads=6, kv_heads=2, head_dim=64, ffn_dim=1024,
+                    context=ROW - 1, tied=True, bos_id=BOS, eos_ids=(EOS,))
+    model = Llama(config).init_weights()
     for layer in model.layers:  # dropout on what each half of a layer adds to the residual stream
         for half in (layer.self_attn, layer.mlp):
             half.register_forward_hook(lambda half, _, x: F.dropout(x, 0.2, half.training))
     matrices = [p for p in model.layers.parameters() if p.dim() == 2]
     others = [p for p in model.parameters() if p.dim() == 1] + [model.embed_tokens.weight]
-    muon = torch.optim.Muon(matrices, weight_decay=0.5, adjust_lr_fn="match_rms_adamw")
-    adamw = torch.optim.AdamW(others, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
-    fast_losses = torch.compile(losses) if device == "cuda" else losses
+    optimizers = (torch.optim.Muon(matrices, weight_decay=0.5, adjust_lr_fn="match_rms_adamw"),
+                  torch.optim.AdamW(others, betas=(0.9, 0.95), weight_decay=0.0, fused=True))
+    fast_losses = torch.compile(losses)
     for step in range(1, args.steps + 1):
         tokens, is_answer = sample_batch(data, args.batch, digits)
-        with torch.autocast(device, torch.bfloat16):
+        with torch.autocast("cuda", torch.bfloat16):
             loss, _ = fast_losses(model, tokens)
         weight = 1 + 4 * is_answer[:, 1:]  # answers are few, but they are the point
         ((loss * weight).sum() / weight.sum()).backward()
-        for optimizer in (muon, adamw):  # the rate goes up within 100 steps, linearly down to zero
+        for optimizer in optimizers:  # the rate goes up within 100 steps, linearly down to zero
             optimizer.param_groups[0]["lr"] = 3e-3 * min(step / 100, 1 - (step - 1) / args.steps)
             optimizer.step()
             optimizer.zero_grad()
