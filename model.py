@@ -340,12 +340,17 @@ def world(device=None):
 
     A plain run is rank 0 of 1. Under torchrun every rank has a GPU of its own, and only 0 prints.
     """
-    device = torch.device(device or best_device())
+    try:
+        device = torch.device(device or best_device())
+        if device.type == "cuda" and "LOCAL_RANK" in os.environ:
+            device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+            torch.cuda.set_device(device)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise InputError(f"--device {device} cannot be used here ({reason})") from None
     if "LOCAL_RANK" not in os.environ:
         return device, 0, 1
-    if device.type == "cuda":
-        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
-        torch.cuda.set_device(device)
     if not dist.is_initialized():
         dist.init_process_group()
         atexit.register(dist.destroy_process_group)

@@ -16,6 +16,7 @@ that hardly any vector uses is replaced by a vector that the others serve badly.
 
 import argparse
 import json
+import math
 import os
 import time
 from pathlib import Path
@@ -24,27 +25,12 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from safetensors import safe_open
-from safetensors.torch import save_file
 
 from lexico import Dictionaries, default_path
 from model import Config, InputError, Llama, Tokenizer, run_program, world
 from omp import omp, reconstruct, relative_error
 
 HELD_OUT = 0.05  # the last part of every file, never learned from
-
-
-class Recorder:
-    """A cache that keeps nothing but what passes: keys and values (2, L, B, H, T, m)."""
-
-    position = 0
-
-    def __init__(self):
-        self.kv = []
-
-    def attend(self, layer, q, k, v):
-        self.kv.append(torch.stack((k, v)))
-        return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
 
 
 class Simulated:
@@ -66,26 +52,28 @@ class Simulated:
 
     def attend(self, layer, q, k, v):
         B, heads, T, m = q.shape
-        q, k, v = q.view(B, k.shape[1], -1, T, m), k[:, :, None], v[:, :, None]  # (B, H, G, T, m)
-        compressed = self.compress and self.compress(layer, q, k, v)
-        t = torch.arange(T, device=q.device)
-        scores, unseen = q @ k.mT, t > t[:, None]  # (B, H, G, T, T)
+        grouped = q.view(B, k.shape[1], -1, T, m), k[:, :, None], v[:, :, None]  # (B, H, G, T, m)
+        compressed = self.compress and self.compress(layer, *grouped)
         if not compressed:
-            p = (scores / m**0.5).masked_fill(unseen, -torch.inf).softmax(-1)
-            return (p @ v).view(B, heads, T, m)
-        group, k_hat, v_hat, kept = compressed
+            return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+        (q, k, v), (group, k_hat, v_hat, kept) = grouped, compressed
+        t = torch.arange(T, device=q.device)
         leaves = (t // group + 1) * group - 1 + self.buffer  # a group leaves the buffer as a whole
         old = (t[:, None] >= leaves) & (t[:, None] >= self.start)  # (T, T)
-        scores = torch.where(old, q @ k_hat.mT, scores) / m**0.5
+        unseen = t > t[:, None]
         if kept is not None:
             unseen = unseen | old & ~kept
+        scores = torch.where(old, q @ k_hat.mT, q @ k.mT) / m**0.5  # (B, H, G, T, T)
         p = scores.masked_fill(unseen, -torch.inf).softmax(-1)
         return ((p * ~old) @ v + (p * old) @ v_hat).view(B, heads, T, m)
 
 
-def probed(m):
-    """The two sparsities at which divergence is measured."""
-    return [-(-m * i // 64) for i in (4, 15)]
+@torch.inference_mode()
+def vectors(model, rows):
+    """Keys and values of token rows (B, T), all heads of a layer together: (2 L, B T H, m)."""
+    kv = []  # of each layer: (2, B, H, 1, T, m)
+    model(rows, Simulated(lambda layer, q, *both: kv.append(torch.stack(both))), last_only=True)
+    return torch.stack(kv, dim=1).flatten(2, 5).flatten(0, 1).float()
 
 
 @torch.inference_mode()
@@ -93,48 +81,38 @@ def divergence(model, atoms, first, rows, sparsities):
     """What each dictionary alone costs: mean KL(full || coded) of the next token, in nats, over
     rows (R, T) when one dictionary codes and nothing else does: (n, sparsities), for atoms
     (n, N, m), from number `first` on."""
-    full = [model(row[None], Simulated()).float().log_softmax(dim=-1) for row in rows]
+    def predict(compress=None):
+        return model(rows, Simulated(compress)).float().log_softmax(dim=-1)  # (R, T, vocabulary)
 
     def harm(D, kind, layer, s):
-        def compress(at, q, k, v):
+        def compress(at, q, *kv):
             if at != layer:
                 return None
-            kv = [k, v]
-            x = kv[kind]
-            kv[kind] = reconstruct(D, *omp(D, x.flatten(0, 3), s)).view_as(x).to(x.dtype)
-            return 1, *kv, None
-        coded = [model(row[None], Simulated(compress)).float().log_softmax(-1) for row in rows]
-        return sum(F.kl_div(*pair, log_target=True, reduction="sum")
-                   for pair in zip(coded, full)) / rows.numel()
+            coded, x = list(kv), kv[kind]
+            coded[kind] = reconstruct(D, *omp(D, x.flatten(0, 3), s)).view_as(x).to(x.dtype)
+            return 1, *coded, None
+        return F.kl_div(predict(compress), full, log_target=True, reduction="sum") / rows.numel()
 
-    harms = [harm(D, *divmod(i, model.config.n_layers), s)
-             for i, D in enumerate(atoms, first) for s in sparsities]
-    return torch.stack(harms).view(len(atoms), -1)
+    full = predict()
+    return torch.tensor([[harm(D, *divmod(i, model.config.n_layers), s) for s in sparsities]
+                         for i, D in enumerate(atoms, first)], device=rows.device)
 
 
-@torch.inference_mode()
-def vectors(model, rows):
-    """Keys and values of token rows (B, T), all heads of a layer together: (2 L, B T H, m)."""
-    recorder = Recorder()
-    model(rows, recorder, last_only=True)
-    return torch.stack(recorder.kv, dim=1).flatten(2, 4).flatten(0, 1).float()
-
-
-def exchange(X, ranks):
+def exchange(X):
     """From vectors of all dictionaries, of this rank's rows of text (M, V, m), to those of this
     rank's dictionaries, of all rows: (M / ranks, ranks V, m)."""
-    if ranks == 1:
+    if not dist.is_initialized():
         return X
     out = torch.empty_like(X)
     dist.all_to_all_single(out, X)
-    return out.unflatten(0, (ranks, -1)).transpose(0, 1).flatten(1, 2)
+    return out.unflatten(0, (dist.get_world_size(), -1)).transpose(0, 1).flatten(1, 2)
 
 
-def gather(x, ranks):
+def gather(x):
     """The x of all ranks, one after the other along the first dimension."""
-    if ranks == 1:
+    if not dist.is_initialized():
         return x
-    parts = [torch.empty_like(x) for _ in range(ranks)]
+    parts = [torch.empty_like(x) for _ in range(dist.get_world_size())]
     dist.all_gather(parts, x)
     return torch.cat(parts)
 
@@ -144,27 +122,25 @@ class Text:
 
     def __init__(self, paths, tokenizer, row_length):
         self.tokenizer, self.row_length = tokenizer, row_length
-        self.files = [read_text(path) for path in paths]
-        if sum(map(len, self.files)) < 100 * row_length:
+        files = [read_text(path) for path in paths]
+        if sum(map(len, files)) < 100 * row_length:
             raise InputError(f"{', '.join(map(str, paths))}: too little text to learn from; "
                              f"give at least {100 * row_length // 1000} kB")
+        cuts = [int(len(data) * (1 - HELD_OUT)) for data in files]
+        self.learned = b"".join(data[:cut] for data, cut in zip(files, cuts))
+        self.held_out = b"".join(data[cut:] for data, cut in zip(files, cuts))
 
     def rows(self, count, seed, held_out=False):
         """Rows (count, row_length) from the parts to learn from, or from the held-out parts."""
-        rng = np.random.default_rng([seed, held_out])
-        sizes = np.array([len(data) for data in self.files])
-        return torch.tensor([self._row(self.files[i], rng, held_out) for i in
-                             rng.choice(len(sizes), count, p=sizes / sizes.sum())])
-
-    def _row(self, data, rng, held_out):
-        cut = int(len(data) * (1 - HELD_OUT))
-        start, end = (cut, len(data)) if held_out else (0, cut)
-        tokens, place = [], start + int(rng.random() * (end - start))
-        while len(tokens) < self.row_length:  # a row that reaches the end goes on at the beginning
-            piece = data[place:min(place + 8 * self.row_length, end)].decode("utf-8", "ignore")
-            tokens += self.tokenizer.encode(piece, bos=not tokens)
-            place = start
-        return tokens[:self.row_length]
+        data, rows = self.held_out if held_out else self.learned, []
+        for place in np.random.default_rng([seed, held_out]).integers(len(data), size=count):
+            tokens = []
+            while len(tokens) < self.row_length:  # from the end, a row goes on at the beginning
+                piece = data[place:place + 8 * self.row_length].decode("utf-8", "ignore")
+                tokens += self.tokenizer.encode(piece, bos=not tokens)
+                place = 0
+            rows.append(tokens[:self.row_length])
+        return torch.tensor(rows)
 
 
 def read_text(path):
@@ -173,17 +149,15 @@ def read_text(path):
         if Path(path).suffix == ".parquet":
             import pyarrow.parquet
             return "".join(pyarrow.parquet.read_table(path)["text"].to_pylist()).encode()
-        data = Path(path).read_bytes()
+        text = Path(path).read_text(encoding="utf-8")
         if Path(path).suffix == ".jsonl":
-            data = "\n\n".join(json.loads(line)["text"] for line in data.splitlines()).encode()
-        data.decode("utf-8")
-        return data
-    except ImportError:
-        raise InputError(f"text '{path}' needs another package: pip install pyarrow") from None
+            text = "\n\n".join(json.loads(line)["text"] for line in text.splitlines())
+        return text.encode()
+    except (OSError, ImportError) as error:
+        raise InputError(f"text '{path}': {error}; give a text or .jsonl file, or .parquet with "
+                         "pyarrow installed") from None
     except UnicodeDecodeError:
         raise InputError(f"text '{path}' is not UTF-8; convert it first") from None
-    except OSError as error:
-        raise InputError(f"text '{path}': {error.strerror}; give a text or .jsonl file") from None
     except (ValueError, KeyError, TypeError):
         raise InputError(f"text '{path}': not every line is JSON with a \"text\" field") from None
 
@@ -203,35 +177,36 @@ class Learner:
 
     @torch.inference_mode()
     def step(self, X):
-        """Learn from vectors X (M, V, m)."""
-        D, A, B, used, largest = self.state.values()
-        M, N, m = D.shape
+        """Learn from vectors X (M, V, m): how many atoms of each dictionary were replaced (M,)."""
+        D, *sums, largest = self.state.values()
         indices, Z = omp(D, X, self.sparsity)  # (M, V, s)
-        residual = X.norm(dim=-1) * relative_error(D, X, indices, Z)  # (M, V)
         largest.copy_(torch.maximum(largest, Z.abs().amax(dim=(1, 2))))
+        residual = (X - reconstruct(D, indices, Z)).norm(dim=-1)  # (M, V)
+        # One dictionary at a time, for what is (N, N) or (V, s, m) is large.
+        return torch.tensor([self._update(*parts) for parts in
+                             zip(D, *sums, X, indices, Z, residual)], device=X.device)
+
+    def _update(self, D, A, B, used, X, indices, Z, residual):
+        """Make one dictionary better, in place: how many atoms were replaced."""
+        N = len(D)
         # The sums. Z stays sparse: a vector adds s^2 numbers to A, and s rows to B.
-        for total in (A, B, used):
-            total.mul_(self.fade)
-        places = torch.arange(0, M * N, N, device=X.device)[:, None, None] + indices  # (M, V, s)
-        used.view(-1).index_add_(0, places.flatten(), torch.ones_like(Z).flatten())
-        for j in range(self.sparsity):  # one coefficient of all vectors at a time, to save memory
-            row, z = places[..., j], Z[..., j, None]  # (M, V), (M, V, 1)
-            A.view(-1).index_add_(0, (row[..., None] * N + indices).flatten(), (z * Z).flatten())
-            B.view(M * N, m).index_add_(0, row.flatten(), (z * X).flatten(0, 1))
+        pairs = indices[:, :, None] * N + indices[:, None]  # (V, s, s), places in A
+        A.mul_(self.fade).view(-1).index_add_(
+            0, pairs.flatten(), (Z[:, :, None] * Z[:, None]).flatten())
+        B.mul_(self.fade).index_add_(
+            0, indices.flatten(), (Z[..., None] * X[:, None]).flatten(0, 1))
+        used.mul_(self.fade).add_(indices.flatten().bincount(minlength=N))
         # The closed form, with a little weight on the atoms as they are: it holds those in place
         # that too few vectors have used yet, and keeps A invertible.
-        hold = 0.01 * A.diagonal(dim1=-2, dim2=-1).mean(dim=-1)[:, None, None]  # (M, 1, 1)
+        hold = 0.01 * A.diagonal().mean()
         factor = torch.linalg.cholesky(A + hold * torch.eye(N, device=A.device))
         D.copy_(F.normalize(torch.cholesky_solve(B + hold * D, factor), dim=-1))
         # Atoms used less than a twentieth of the average make way for the worst-served vectors.
-        dead = used < 0.05 * used.mean(dim=-1, keepdim=True)  # (M, N)
-        worst = residual.argsort(dim=-1, descending=True)  # (M, V)
-        for i in dead.any(dim=-1).nonzero().flatten().tolist():
-            atoms = dead[i].nonzero().flatten()[:X.shape[1]]
-            D[i, atoms] = F.normalize(X[i, worst[i, :len(atoms)]], dim=-1)
-            A[i, atoms], A[i, :, atoms], B[i, atoms] = 0, 0, 0
-            used[i, atoms] = used[i].mean()  # a new atom has time to prove itself
-        return dead.sum(dim=-1)  # (M,)
+        dead = (used < 0.05 * used.mean()).nonzero().flatten()[:len(X)]
+        D[dead] = F.normalize(X[residual.topk(len(dead)).indices], dim=-1)
+        A[dead], A[:, dead], B[dead] = 0, 0, 0
+        used[dead] = used.mean()  # a new atom has time to prove itself
+        return len(dead)
 
     def errors(self, X):
         """Mean relative error of vectors X (M, V, m), for each dictionary (M,)."""
@@ -240,8 +215,7 @@ class Learner:
 
 
 def learn(args, model, tokenizer, settings):
-    """Learn as args say: atoms (2 L, N, m), their largest coefficients and held-out errors (2 L,),
-    and the divergence table (2 L, 2).
+    """Learn as args say: Dictionaries, with their errors and divergences.
 
     Ranks share the work twice: each runs the model over its rows of a batch, and then, once all
     vectors have gone where they belong, learns its dictionaries from the vectors of all rows. A
@@ -257,64 +231,67 @@ def learn(args, model, tokenizer, settings):
 
     def batch(seed, held_out=False):
         rows = text.rows(count, seed, held_out).chunk(ranks)[rank]
-        return exchange(vectors(model, rows.to(device)), ranks)
+        return exchange(vectors(model, rows.to(device)))
 
     def clock():  # one for all, for it decides what they do together
-        return gather(torch.tensor([time.time()], dtype=torch.float64), ranks)[0].item()
+        return gather(torch.tensor([time.time()], dtype=torch.float64))[0].item()
 
     steps, held_out = max(1, round(args.tokens / (count * row_length))), batch(0, held_out=True)
     if args.fine_tune:
-        atoms = Dictionaries.load(args.fine_tune, device).check(model.config).atoms
-        args.atoms, atoms = atoms.shape[2], atoms.flatten(0, 1)[mine]
+        d = Dictionaries.load(args.fine_tune, device).check(model.config)
+        D = d.atoms.flatten(0, 1)[mine]
     else:  # atoms start as vectors of the text
-        X = torch.cat([batch(seed) for seed in range(-(-args.atoms // held_out.shape[1]))], dim=1)
-        atoms = F.normalize(X[:, torch.randperm(X.shape[1])[:args.atoms].to(device)], dim=-1)
-    learner, checkpoint = Learner(atoms, args.sparsity, args.fade), f"{args.out}.checkpoint"
-    first = step = load_checkpoint(checkpoint, learner, settings, mine) if args.resume else 0
+        batches = math.ceil(args.atoms / held_out.shape[1])
+        X = torch.cat([batch(seed) for seed in range(batches)], dim=1)
+        D = F.normalize(X[:, torch.randperm(X.shape[1])[:args.atoms].to(device)], dim=-1)
+    learner = Learner(D, args.sparsity, args.fade)
+    first, checkpoint = 0, f"{args.out}.checkpoint"
+    if args.resume:
+        first, state = load_checkpoint(checkpoint, settings)
+        for name, tensor in learner.state.items():
+            tensor.copy_(state[name][mine])
     began = saved = shown = clock()
-    while step < steps:
-        replaced = learner.step(batch(1 + step))  # (2 L / ranks,)
-        step, now = step + 1, clock()
+    for step in range(first + 1, steps + 1):
+        replaced, now = learner.step(batch(step)), clock()
         if now - saved > args.checkpoint_seconds and step < steps:
-            state = {name: gather(part, ranks) for name, part in learner.state.items()}
+            state = {name: gather(tensor) for name, tensor in learner.state.items()}
             if rank == 0:
-                save_checkpoint(checkpoint, state, settings, step)
+                torch.save((step, settings, state), f"{checkpoint}.part")
+                os.replace(f"{checkpoint}.part", checkpoint)
             saved = now
         if now - shown > 5 or step in (first + 1, steps):
-            errors = gather(learner.errors(held_out), ranks)
-            keys, values = errors.view(2, -1).mean(dim=1).tolist()
-            dead = gather(replaced, ranks).sum().item()
-            left = (now - began) / (step - first) * (steps - step)
-            bar = "#" * (30 * step // steps)
-            print(f"[{bar:30}] {step}/{steps}  held-out error keys {keys:.3f} values {values:.3f}  "
-                  f"{dead} atoms replaced  {left:.0f} s left", flush=True)
             shown = now
+            errors = gather(learner.errors(held_out)).view(2, -1)
+            keys, values = errors.mean(dim=1).tolist()
+            seconds = (now - began) / (step - first)
+            print(f"[{'#' * (30 * step // steps):30}] {step}/{steps}  held-out error keys "
+                  f"{keys:.3f} values {values:.3f}  {gather(replaced).sum()} atoms replaced  "
+                  f"{seconds * (steps - step):.0f} s left", flush=True)
+    print(f"learning took {1e6 * seconds / (count * row_length):.0f} s per million tokens")
     # How much each dictionary matters, on text that was learned from.
+    sparsities = [math.ceil(model.config.head_dim * i / 64) for i in (4, 15)]
     D, largest = learner.state["D"], learner.state["largest"]
-    harm = divergence(model, D, mine.start, text.rows(2, 1)[:, :512].to(device),
-                      probed(model.config.head_dim))
-    return [gather(x, ranks) for x in (D, largest, learner.errors(held_out), harm)]
+    harm = divergence(model, D, mine.start, text.rows(2, 1)[:, :512].to(device), sparsities)
+    D, largest, harm = (gather(x).unflatten(0, (2, -1)) for x in (D, largest, harm))
+    # Stored coefficients get head room: the largest one met becomes 64 of FP8's 448.
+    return Dictionaries(
+        D, (largest / 64).clamp(min=1e-8), model.config, model=str(args.model),
+        sparsity=args.sparsity, text=[Path(path).name for path in args.text], tokens=args.tokens,
+        key_errors=errors[0].tolist(), value_errors=errors[1].tolist(),
+        divergence={"sparsity": sparsities, "kl": harm.tolist()})
 
 
-def save_checkpoint(path, state, settings, step):
-    header = {"settings": json.dumps(settings), "step": str(step)}
-    save_file(state, f"{path}.part", metadata=header)
-    os.replace(f"{path}.part", path)
-
-
-def load_checkpoint(path, learner, settings, mine):
-    """Put the dictionaries `mine` of a checkpoint into learner: the step to go on from."""
+def load_checkpoint(path, settings):
+    """Step and state of a checkpoint. Raises InputError if there is none, or of other settings."""
     if not os.path.exists(path):
         raise InputError(f"--resume: there is no checkpoint {path}; start without --resume")
-    with safe_open(path, "pt") as file:
-        was = json.loads(file.metadata()["settings"])
-        differing = [f"--{name} {value}" for name, value in was.items() if value != settings[name]]
-        if differing:
-            raise InputError(f"--resume: {path} was made with {', '.join(differing)}; repeat that, "
-                             "or start without --resume")
-        for name, tensor in learner.state.items():
-            tensor.copy_(file.get_slice(name)[mine])
-        return int(file.metadata()["step"])
+    step, made_with, state = torch.load(path, map_location="cpu", mmap=True)
+    differing = [f"--{name} {value}" for name, value in made_with.items()
+                 if value != settings[name]]
+    if differing:
+        raise InputError(f"--resume: {path} was made with {', '.join(differing)}; repeat that, or "
+                         "start without --resume")
+    return step, state
 
 
 def wikitext():
@@ -328,45 +305,44 @@ def wikitext():
                          f"{str(error).strip().splitlines()[0]}; give --text FILE") from None
 
 
-def error_table(keys, values):
+def error_table(d):
     """Mean relative error of each dictionary on held-out text, as Markdown."""
-    rows = [*enumerate(zip(keys, values)), ("mean", (np.mean(keys), np.mean(values)))]
+    keys, values = d.metadata["key_errors"], d.metadata["value_errors"]
+    rows = [*zip(range(len(keys)), keys, values), ("mean", np.mean(keys), np.mean(values))]
     return "| layer | keys | values |\n|---|---|---|\n" + "\n".join(
-        f"| {layer} | {key:.3f} | {value:.3f} |" for layer, (key, value) in rows)
+        f"| {layer} | {key:.3f} | {value:.3f} |" for layer, key, value in rows)
 
 
-CARD = """---
+def card(d, name):
+    """A README.md that the Hub can read. Its licence is left to whoever shares it."""
+    about, (_, n_layers, n_atoms, head_dim) = d.metadata, d.atoms.shape
+    # Only a Hub id may be a base_model.
+    is_hub_id = about["model"].count("/") == 1 and not Path(about["model"]).exists()
+    base_model = f"base_model: {about['model']}\n" if is_hub_id else ""
+    return f"""---
 library_name: lexico
-{base}tags: [kv-cache-compression, sparse-coding]
+{base_model}tags: [kv-cache-compression, sparse-coding]
 ---
-# Lexico dictionaries for {model}
+# Lexico dictionaries for {about["model"]}
 
 For a KV cache of sparse codes ([Lexico](https://arxiv.org/abs/2412.08890)): for the keys and for
-the values of each of {n_layers} layers {atoms} atoms of {head_dim} numbers. Learned from {tokens}
-tokens of {text}, with {sparsity} atoms a vector.
+the values of each of {n_layers} layers {n_atoms} atoms of {head_dim} numbers. Learned from
+{about["tokens"]} tokens of {", ".join(about["text"])}, with {about["sparsity"]} atoms a vector.
 
-    python generate.py --model {model} --dictionary OWNER/{name}
+    python generate.py --model {about["model"]} --dictionary OWNER/{name}
 
 Mean relative error on held-out text, with as many atoms:
 
-{errors}
+{error_table(d)}
 """
 
 
 def save_folder(d, folder):
-    """Write a folder that can be uploaded: dictionaries and a README.md that the Hub can read.
-
-    It appears when it is whole. Its licence is left to whoever shares it.
-    """
-    part, about = Path(f"{folder}.part"), {**d.shape, **d.metadata}
+    """Write a folder that can be uploaded, dictionaries and card. It appears when it is whole."""
+    part = Path(f"{folder}.part")
     part.mkdir(parents=True, exist_ok=True)
     d.save(part / "dictionary.safetensors")
-    # Only a Hub id may be a base_model.
-    hub_id = about["model"].count("/") == 1 and not Path(about["model"]).exists()
-    about.update(base=f"base_model: {about['model']}\n" if hub_id else "", atoms=d.n_atoms,
-                 text=", ".join(about["text"]), name=folder.name,
-                 errors=error_table(about["key_errors"], about["value_errors"]))
-    (part / "README.md").write_text(CARD.format(**about), encoding="utf-8")
+    (part / "README.md").write_text(card(d, folder.name), encoding="utf-8")
     os.replace(part, folder)
 
 
@@ -380,20 +356,20 @@ def main():
     parser.add_argument("--tokens", type=int, default=100_000, help="tokens to learn from (100000)")
     parser.add_argument("--batch", type=int, default=2048, help="tokens of a step (2048)")
     parser.add_argument("--fade", type=float, default=0.9, help="what a step leaves of old sums")
-    parser.add_argument("--out", help="FILE.safetensors, or a new folder, to share, "
+    parser.add_argument("--out", type=Path, help="FILE.safetensors, or a new folder, to share, "
                         "with a model card (default: MODEL.dictionary.safetensors)")
     parser.add_argument("--fine-tune", metavar="DICT", help="start from these dictionaries")
     parser.add_argument("--resume", action="store_true", help="go on from the last checkpoint")
     parser.add_argument("--checkpoint-seconds", type=float, default=30)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", help="default: the best there is")
-    args = parser.parse_args()
+    args, began = parser.parse_args(), time.time()
     config = Config.from_pretrained(args.model)
     for name, least, most in (("sparsity", 1, config.head_dim), ("atoms", config.head_dim, 32768),
-                              ("tokens", 1, 10**12), ("batch", 1, 10**9)):
+                              ("tokens", 1, 10**12), ("batch", 1, 10**9), ("fade", 0, 1)):
         if not least <= getattr(args, name) <= most:
             raise InputError(f"--{name} {getattr(args, name)} is outside {least} .. {most}")
-    args.out = Path(args.out or default_path(args.model))
+    args.out = args.out or Path(default_path(args.model))
     is_folder = args.out.suffix != ".safetensors"
     if is_folder and args.out.exists():
         raise InputError(f"--out {args.out} exists; name a new folder, or a FILE.safetensors")
@@ -402,24 +378,13 @@ def main():
                 if name not in ("out", "resume", "checkpoint_seconds", "device")}
     torch.manual_seed(args.seed)
     device, args.rank, args.ranks = world(args.device)
-    dtype = torch.float32 if device.type == "cpu" else None
-    model = Llama.from_pretrained(args.model, device, dtype)
-    began = time.time()
-    tokenizer = Tokenizer.from_pretrained(args.model)
-    atoms, largest, errors, harm = (x.cpu().unflatten(0, (2, -1)) for x in
-                                    learn(args, model, tokenizer, settings))
-    keys, values = errors.tolist()
-    # Stored coefficients get head room: the largest one met becomes 64 of FP8's 448.
-    scale = (largest / 64).clamp(min=1e-8)
-    names = [Path(path).name for path in args.text]
-    learned = Dictionaries(
-        atoms, scale, config, model=str(args.model), sparsity=args.sparsity, text=names,
-        tokens=args.tokens, key_errors=keys, value_errors=values,
-        divergence={"sparsity": probed(config.head_dim), "kl": harm.tolist()})
+    model = Llama.from_pretrained(args.model, device,
+                                  torch.float32 if device.type == "cpu" else None)
+    learned = learn(args, model, Tokenizer.from_pretrained(args.model), settings)
     if args.rank == 0:
         save_folder(learned, args.out) if is_folder else learned.save(args.out)
         Path(f"{args.out}.checkpoint").unlink(missing_ok=True)
-    print(f"\nrelative error on held-out text\n{error_table(keys, values)}")
+    print(f"\nrelative error on held-out text\n{error_table(learned)}")
     print(f"{args.out} written after {time.time() - began:.0f} s")
 
 

@@ -100,6 +100,7 @@ REFUSED = {  # each command, and words of the line that says why
         "--text absent": "No such file", "--text latin": "not UTF-8",
         "--text long": "too little text", "--text long --sparsity 65": "--sparsity 65",
         "--text long --atoms 7": "--atoms 7",
+        f"--text {HELD_OUT} --device abacus": "--device abacus",
         f"--text {HELD_OUT} --resume --out d": "no checkpoint"}}
 
 
