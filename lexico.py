@@ -222,8 +222,12 @@ class Codes:
         """Indices int32 and coefficients float32, (B H, T, s), of tokens start .. end; coefficients
         are in units of scale[row]."""
         first, second = (part[row, :, :, start:end].flatten(0, 1) for part in self.parts)
-        if self.coding != "word":
-            return first.int(), second.float()
+        if self.coding == "fp8":  # from a table, for torch's conversion is slow on a CPU
+            table = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn).float()
+            places = second.view(torch.uint8).int().flatten()
+            return first.int(), table.to(second.device).index_select(0, places).view_as(second)
+        if self.coding == "float32":
+            return first.int(), second
         word = first.int()
         level = word << 32 - self.bits >> 32 - self.bits  # the low bits, with their sign
         return (word & 0xFFFF) >> self.bits, level * torch.exp2(second.float() / 16 - 8)
@@ -242,21 +246,21 @@ def scores_over_codes(q, D, indices, coefficients):
     q: (P, R, m), R query rows for each of the P = B H KV heads. D: (N, m).
     indices, coefficients: (P, T, s). Returns (P, T, R).
     """
-    P, T, s = indices.shape
-    N = D.shape[0]
-    table = D @ q.mT  # (P, N, R): the product of every query with every atom
+    (P, R, m), (T, s), N = q.shape, indices.shape[1:], len(D)
+    table = (q.reshape(P * R, m) @ D.T).view(P, R, N).mT  # every query with every atom
     first = torch.arange(0, P * N, N, dtype=torch.int32, device=q.device)  # each head's own table
-    out = F.embedding_bag((indices + first[:, None, None]).view(P * T, s), table.flatten(0, 1),
+    out = F.embedding_bag((indices + first[:, None, None]).view(P * T, s), table.reshape(P * N, R),
                           per_sample_weights=coefficients.reshape(P * T, s), mode="sum")
-    return out.view(P, T, -1)
+    return out.view(P, T, R)
 
 
 def add_over_codes(w, p, indices, coefficients):
-    """Add p z to the table w (P, N, R), at z's indices. p: (P, T, R), codes: (P, T, s)."""
-    P, N, R = w.shape
-    first = torch.arange(0, P * N, N, dtype=torch.int32, device=w.device)
-    weighted = coefficients[..., None] * p[:, :, None]  # (P, T, s, R)
-    w.view(P * N, R).index_add_(0, (indices + first[:, None, None]).flatten(), weighted.view(-1, R))
+    """Add p z to the table w (R, P, N), at z's indices. p: (P, T, R), codes: (P, T, s)."""
+    R, P, N = w.shape
+    first = torch.arange(0, P * N, N, device=w.device)
+    places = (indices + first[:, None, None]).flatten()  # (P T s,), where a CPU is fast at adding
+    for r in range(R):
+        w[r].view(P * N).scatter_add_(0, places, (coefficients * p[..., r, None]).flatten())
 
 
 # --------------------------------------------------------------------------------------------------
@@ -727,10 +731,10 @@ class SparseCache:
             p = torch.softmax(torch.cat(scores, dim=1) / m**0.5, dim=1)  # (P, coded + S, R)
             out = p[:, self.coded:].mT @ values  # (P, R, m)
             if pieces:
-                w = p.new_zeros(P, Dv.shape[0], rows.shape[1])  # (P, N, R)
+                w = p.new_zeros(rows.shape[1], P, len(Dv))  # (R, P, N)
                 for start, end in pieces:
                     add_over_codes(w, p[:, start:end], *value_codes.read(v, start, end))
-                out += (w.mT @ Dv) * value_codes.scale[v]
+                out += (w @ Dv).transpose(0, 1) * value_codes.scale[v]
             outs.append(out.unflatten(1, (-1, allowed.shape[0])))  # (P, G, T, m)
         return torch.cat(outs, dim=2).reshape(B, -1, T, m).to(dtype)
 
