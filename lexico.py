@@ -31,7 +31,7 @@ from safetensors.torch import save_file
 from torch.nn.attention.bias import causal_lower_right
 
 from model import Config, InputError, best_device, find_file
-from omp import jit, milliseconds, omp, omp_beam, omp_levels, on_gpu, reconstruct, tl
+from omp import jit, milliseconds, omp_beam, omp_levels, on_gpu, reconstruct, tl
 
 try:
     import triton
@@ -187,9 +187,9 @@ class Codes:
     D: (n, N, m) atoms. scale: (n,), what a coefficient of 1 stands for.
     """
 
-    def __init__(self, D, scale, sparsity, batch, kv_heads, coding="fp8", beam=1, tol=None):
+    def __init__(self, D, scale, sparsity, batch, kv_heads, coding="fp8", beam=1):
         self.D, self.scale, self.sparsity, self.coding = D, scale, sparsity, coding
-        self.beam, self.tol = beam, tol
+        self.beam = beam
         self.bits = 16 - (D.shape[1] - 1).bit_length() if coding == "word" else 0  # of a level
         self.parts = [torch.empty(len(D), batch, kv_heads, 0, width or sparsity, dtype=dtype,
                                   device=D.device) for width, dtype in CODINGS[coding]]
@@ -210,8 +210,7 @@ class Codes:
             word = indices << self.bits | level & (1 << self.bits) - 1
             parts = word - (word >= 1 << 15) * (1 << 16), e  # as signed 16 bits
         else:
-            indices, z = (omp_beam(D, Y, self.sparsity, self.beam) if self.beam > 1 else
-                          omp(D, Y, self.sparsity, self.tol))  # (n, B H T, s)
+            indices, z = omp_beam(D, Y, self.sparsity, self.beam)  # (n, B H T, s)
             parts = indices, z.clamp(-448, 448) if self.coding == "fp8" else z
         for stored, part in zip(self.parts, parts):
             part = part.view(*x.shape[:4], -1).to(stored.dtype)
@@ -563,20 +562,18 @@ class SparseCache:
     dictionaries: learned for this model (train_dict.py). sparsity: coefficients a vector, one
     number or one for each dictionary (2, L). buffer: tokens always kept dense. window: tokens coded
     at a time once the buffer overflows. batch: sequences, all of one length. capacity: tokens to
-    reserve room for, where known. beam: width of the search (1: plain OMP). tol: relative error at
-    which a vector needs no more. coding: how codes are stored (see Codes). dtype: of the buffer.
+    reserve room for, where known. beam: width of the search (1: plain OMP). coding: how codes are
+    stored (see Codes). dtype: of the buffer.
     """
 
     def __init__(self, config, dictionaries, sparsity=8, buffer=128, window=1, batch=1, capacity=0,
-                 beam=1, tol=None, coding="fp8", dtype=None):
+                 beam=1, coding="fp8", dtype=None):
         dictionaries.check(config)
         table = [[sparsity] * config.n_layers] * 2 if isinstance(sparsity, int) else sparsity
         flat, largest = table[KEYS] + table[VALUES], min(config.head_dim, dictionaries.n_atoms)
         if not 1 <= min(flat) <= max(flat) <= largest:
             raise InputError(f"sparsity {sparsity} is outside 1 .. {largest}: vectors have "
                              f"{config.head_dim} numbers, {dictionaries.n_atoms} atoms serve them")
-        if tol is not None and (beam > 1 or coding == "word"):
-            raise InputError(f"tol {tol} works with beam 1 and coding fp8 or float32 only")
         if buffer < 0 or window < 1 or beam < 1:
             raise InputError(f"buffer {buffer}, window {window} and beam {beam} must be at least "
                              "0, 1 and 1")
@@ -594,7 +591,7 @@ class SparseCache:
             rows = slice(None)  # of all: a view, no copy
             if len(members) < len(flat):
                 rows = torch.tensor(members, device=atoms.device)
-            codes = Codes(atoms[rows], scale[rows], s, batch, config.kv_heads, coding, beam, tol)
+            codes = Codes(atoms[rows], scale[rows], s, batch, config.kv_heads, coding, beam)
             codes.reserve(max(0, capacity - buffer))
             self.groups.append((rows, codes))
             for row, i in enumerate(members):
@@ -610,7 +607,7 @@ class SparseCache:
         self.slots = torch.arange(buffer + window, device=atoms.device)
         # With kernels for every part, a step is the same launches at every length.
         self.fused = attention_fits(self.codes_of(KEYS, 0)[0], config, max(flat), coding)
-        self.replayable = self.fused and beam == 1 and tol is None
+        self.replayable = self.fused and beam == 1
 
     def codes_of(self, kind, layer):
         """Atoms (N, m), their scale, and the codes' two parts (B, H, capacity, .)."""
