@@ -81,27 +81,23 @@ class Dictionaries:
             raise InputError("this dictionary holds no divergences to allocate sparsity by; give "
                              "--sparsity a number, or learn it anew with train_dict.py")
         m, (low, high) = self.atoms.shape[3], self.metadata["divergence"]["sparsity"]
-        kl = np.log(np.maximum(self.metadata["divergence"]["kl"], 1e-9))  # (2, L, 2)
-        slope = (kl[..., 1] - kl[..., 0]) / (high - low)
-        rungs = sorted({-(-m * i // 64) for i in (2, 3, 4, 6, 8, 11, 15, 20, 26)})
-        size = [code_bytes(coding, s) for s in rungs]
-        harm = {place: np.exp(kl[place][0] + slope[place] * (np.array(rungs) - low))
-                for place in np.ndindex(slope.shape)}
-        rung = dict.fromkeys(harm, 0)
-        left = (2 * m * share - size[0]) * len(rung)
+        kl = np.log(np.maximum(self.metadata["divergence"]["kl"], 1e-9)).reshape(-1, 2)  # (2 L, 2)
+        slope = (kl[:, 1:] - kl[:, :1]) / (high - low)
+        rungs = np.array(sorted({-(-m * i // 64) for i in (2, 3, 4, 6, 8, 11, 15, 20, 26)}))
+        harm = np.exp(kl[:, :1] + slope * (rungs - low))  # (2 L, rungs)
+        size = np.array([code_bytes(coding, s) for s in rungs])
+        left = (2 * m * share - size[0]) * len(harm)  # bytes
         if left < 0:
             raise InputError(f"--sparsity auto:{share:.0%} is less than the least possible, "
                              f"{size[0] / (2 * m):.1%}")
-        while True:
-            gains = [((harm[place][i] - harm[place][i + 1]) / (size[i + 1] - size[i]), place)
-                     for place, i in rung.items()
-                     if i + 1 < len(rungs) and size[i + 1] - size[i] <= left]
-            if not gains:
-                table = np.array([rungs[i] for i in rung.values()]).reshape(slope.shape)
-                return table.tolist()
-            place = max(gains)[1]
-            left -= size[rung[place] + 1] - size[rung[place]]
-            rung[place] += 1
+        cost, rung = np.diff(size), np.zeros(len(harm), int)
+        gain = -np.diff(harm) / cost  # for a byte; it falls from rung to rung
+        for best in np.argsort(-gain, axis=None):
+            place, step = divmod(best, len(cost))
+            if rung[place] == step and cost[step] <= left:
+                rung[place] += 1
+                left -= cost[step]
+        return rungs[rung].reshape(2, -1).tolist()
 
     def save(self, path):
         """Write one safetensors file, atoms in bfloat16; a reader never sees half a file."""
