@@ -579,7 +579,7 @@ class SparseCache:
             raise InputError(f"coding word has no room for {dictionaries.n_atoms} atoms; use fp8")
         self.config, self.dictionaries = config, dictionaries
         self.buffer, self.window = buffer, window
-        # Dictionaries of one sparsity are coded together: one group (all of them, as a rule).
+        # Dictionaries of one sparsity are coded together, as one group.
         atoms, scale = dictionaries.atoms.flatten(0, 1), dictionaries.scale.flatten()
         self.groups, self.place = [], {}  # place: (kind, layer) -> its codes, and the row there
         for s in sorted(set(flat)):
@@ -602,7 +602,8 @@ class SparseCache:
         self.position, self.n_coded = torch.zeros(2, dtype=torch.long, device=atoms.device)
         self.slots = torch.arange(buffer + window, device=atoms.device)
         # With kernels for every part, a step is the same launches at every length.
-        self.fused = attention_fits(self.codes_of(KEYS, 0)[0], config, max(flat), coding)
+        self.fused = (attention_fits(self.codes_of(KEYS, 0)[0], config, max(flat), coding)
+                      and self.ring.dtype == torch.bfloat16)
         self.replayable = self.fused and beam == 1
 
     def codes_of(self, kind, layer):
@@ -641,11 +642,12 @@ class SparseCache:
     def attend_one(self, layer, q):
         """Attention of the newest token, once it is in the ring: q and output (B, G H, 1, m)."""
         ring = self.ring[:, layer]
-        if not (self.fused and q.dtype == ring.dtype == torch.bfloat16):
+        if not self.fused:
             return self._attend(layer, q, *ring, self.seen[None])
-        return attend_codes(q[:, :, 0], self.codes_of(KEYS, layer), self.codes_of(VALUES, layer),
-                            self.n_coded, ring, self.seen,
-                            self.place[KEYS, layer][0].bits)[:, :, None]
+        out = attend_codes(q[:, :, 0].bfloat16(), self.codes_of(KEYS, layer),
+                           self.codes_of(VALUES, layer), self.n_coded, ring, self.seen,
+                           self.place[KEYS, layer][0].bits)
+        return out[:, :, None].to(q.dtype)
 
     def count(self, tokens, coded=0):
         """Count tokens that have come and that were coded (the device counts for itself)."""

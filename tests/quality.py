@@ -169,7 +169,7 @@ def draw(points, path):
              ylabel="KL(full || compressed) per token, nats")
     axes.xaxis.set_major_formatter("{x:.0%}")
     axes.grid(alpha=0.3)
-    axes.legend()
+    axes.legend(loc="lower left")
     figure.savefig(path, dpi=120, bbox_inches="tight")
 
 
