@@ -109,8 +109,9 @@ def generate(model, cache, prompt, count, choose, record=False, ends=()):
         middle = clock(prompt.device)
         if sparse and cache.full:
             code()
+        end = clock(prompt.device)
         yield {"tokens": token[:, 0].clone(), "logits": logits.clone(), "forward": middle - start,
-               "coding": clock(prompt.device) - middle, "bytes": cache.nbytes(),
+               "coding": end - middle, "bytes": cache.nbytes(),
                "memory": peak_memory(prompt.device)}
         if token[0].item() in ends:
             return
