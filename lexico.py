@@ -217,10 +217,11 @@ class Codes:
         """Indices int32 and coefficients float32, (B H, T, s), of tokens start .. end; coefficients
         are in units of scale[row]."""
         first, second = (part[row, :, :, start:end].flatten(0, 1) for part in self.parts)
-        if self.coding == "fp8":  # from a table, for torch's conversion is slow on a CPU
-            table = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn).float()
-            places = second.view(torch.uint8).int().flatten()
-            return first.int(), table.to(second.device).index_select(0, places).view_as(second)
+        if self.coding == "fp8":
+            # E4M3's sign, exponent and mantissa move to their places in a float, which is 2^120 too
+            # small then. (torch's own conversion takes ten times as long on a CPU.)
+            bits = second.view(torch.int8).int() << 20 & 0x87F00000 - 2**32
+            return first.int(), bits.view(torch.float32) * 2.0**120
         if self.coding == "float32":
             return first.int(), second
         word = first.int()
@@ -239,23 +240,23 @@ def scores_over_codes(q, D, indices, coefficients):
     """<q, z D> of every query and coded token, without z D.
 
     q: (P, R, m), R query rows for each of the P = B H KV heads. D: (N, m).
-    indices, coefficients: (P, T, s). Returns (P, T, R).
+    indices, coefficients: (P, T, s). Returns (P, R, T).
     """
     (P, R, m), (T, s), N = q.shape, indices.shape[1:], len(D)
     table = (q.reshape(P * R, m) @ D.T).view(P, R, N).mT  # every query with every atom
     first = torch.arange(0, P * N, N, dtype=torch.int32, device=q.device)  # each head's own table
     out = F.embedding_bag((indices + first[:, None, None]).view(P * T, s), table.reshape(P * N, R),
                           per_sample_weights=coefficients.reshape(P * T, s), mode="sum")
-    return out.view(P, T, R)
+    return out.view(P, T, R).mT
 
 
 def add_over_codes(w, p, indices, coefficients):
-    """Add p z to the table w (R, P, N), at z's indices. p: (P, T, R), codes: (P, T, s)."""
+    """Add p z to the table w (R, P, N), at z's indices. p: (P, R, T), codes: (P, T, s)."""
     R, P, N = w.shape
-    first = torch.arange(0, P * N, N, device=w.device)
-    places = (indices + first[:, None, None]).flatten()  # (P T s,), where a CPU is fast at adding
-    for r in range(R):
-        w[r].view(P * N).scatter_add_(0, places, (coefficients * p[..., r, None]).flatten())
+    first = torch.arange(0, P * N, N, dtype=torch.int32, device=w.device)
+    places = (indices + first[:, None, None]).flatten().long()  # (P T s,)
+    for r in range(R):  # one number at a time is what CPUs add fast
+        w[r].view(P * N).scatter_add_(0, places, (coefficients * p[:, r, :, None]).flatten())
 
 
 # --------------------------------------------------------------------------------------------------
@@ -719,18 +720,18 @@ class SparseCache:
         outs = []
         for rows, allowed in zip(q.split(ROWS, dim=2), seen.split(ROWS)):
             rows = rows.flatten(1, 2)  # (P, R, m)
-            hidden = ~allowed.mT.repeat(1, rows.shape[1] // allowed.shape[0])  # (S, R)
+            hidden = ~allowed.repeat(rows.shape[1] // len(allowed), 1)  # (R, S)
             scores = [scores_over_codes(rows * key_codes.scale[k], Dk, *key_codes.read(k, *piece))
                       for piece in pieces]
-            scores.append((keys @ rows.mT).masked_fill(hidden, -torch.inf))
-            p = torch.softmax(torch.cat(scores, dim=1) / m**0.5, dim=1)  # (P, coded + S, R)
-            out = p[:, self.coded:].mT @ values  # (P, R, m)
+            scores.append((rows @ keys.mT).masked_fill(hidden, -torch.inf))
+            p = torch.softmax(torch.cat(scores, dim=-1) / m**0.5, dim=-1)  # (P, R, coded + S)
+            out = p[..., self.coded:] @ values  # (P, R, m)
             if pieces:
                 w = p.new_zeros(rows.shape[1], P, len(Dv))  # (R, P, N)
                 for start, end in pieces:
-                    add_over_codes(w, p[:, start:end], *value_codes.read(v, start, end))
+                    add_over_codes(w, p[..., start:end], *value_codes.read(v, start, end))
                 out += (w @ Dv).transpose(0, 1) * value_codes.scale[v]
-            outs.append(out.unflatten(1, (-1, allowed.shape[0])))  # (P, G, T, m)
+            outs.append(out.unflatten(1, (-1, len(allowed))))  # (P, G, T, m)
         return torch.cat(outs, dim=2).reshape(B, -1, T, m).to(dtype)
 
     def nbytes(self):
