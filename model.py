@@ -400,11 +400,15 @@ def find_file(name_or_path, filename, required=True):
         return path
     reason = f"has no {filename}" if folder.exists() else "does not exist"
     if not folder.exists() and len(folder.parts) == 2 and not folder.is_absolute():  # owner/name
-        from huggingface_hub import errors, hf_hub_download  # here, for its import takes a while
+        import huggingface_hub as hub  # here, for it takes a while
         try:
-            return Path(hf_hub_download(str(name_or_path), filename))
+            return Path(hub.hf_hub_download(str(name_or_path), filename))
         except (OSError, ValueError) as error:
-            required = required or not isinstance(error, errors.RemoteEntryNotFoundError)
+            # Absent is what the Hub says is not there, now or, as this disk remembers, before.
+            absent = isinstance(error, hub.errors.RemoteEntryNotFoundError) or (
+                not isinstance(error, hub.errors.HFValidationError)
+                and hub.try_to_load_from_cache(str(name_or_path), filename) is not None)
+            required = required or not absent
             first_line = str(error).strip().split("\n")[0]
             reason = (f"is no folder, and the Hub gives no {filename} (check network and login: "
                       f"{first_line})")

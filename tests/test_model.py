@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from lexico import DenseCache
-from model import Config, InputError, Llama, Tokenizer
+from model import Config, InputError, Llama, Tokenizer, find_file
 
 TINY = Path(__file__).parent.parent / "tiny"
 SMALL = Config(vocab_size=300, dim=32, n_layers=2, n_heads=4, kv_heads=2, head_dim=8, ffn_dim=48,
@@ -121,6 +121,21 @@ def test_shards_load_as_one_file_and_every_tensor_that_does_not_fit_is_named(tmp
     misfits = 'Missing.* "norm.*Unexpected.* "extra.*mismatch for layers.0.mlp.up_proj.*3, 3'
     with pytest.raises(InputError, match=misfits):
         Llama.from_pretrained(tmp_path, "cpu")
+
+
+def test_a_model_that_came_from_the_hub_once_is_found_without_a_network(tmp_path, monkeypatch):
+    for name, value in (("HF_HUB_OFFLINE", True), ("HF_HUB_CACHE", str(tmp_path))):
+        monkeypatch.setattr(f"huggingface_hub.constants.{name}", value)
+    folder = tmp_path / "models--some--one"
+    for path in ("refs", "snapshots/1", ".no_exist/1"):
+        (folder / path).mkdir(parents=True)
+    (folder / "refs/main").write_text("1")
+    (folder / "snapshots/1/config.json").write_bytes((TINY / "config.json").read_bytes())
+    (folder / ".no_exist/1/generation_config.json").touch()  # the Hub said so, then
+    assert Config.from_pretrained("some/one") == Config.from_pretrained("tiny")
+    for name in ("some/one", "not a/name"):  # what is neither here nor known to be absent
+        with pytest.raises(InputError, match=f"'{name}'.*no chat_template.jinja"):
+            find_file(name, "chat_template.jinja", required=False)
 
 
 MEMORY = """import resource, sys, torch; from model import Llama
