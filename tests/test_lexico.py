@@ -88,7 +88,8 @@ def test_memory_is_three_bytes_a_coefficient_and_counted_to_the_byte():
 
 def test_decoding_codes_all_layers_keys_and_values_in_one_call(monkeypatch):
     calls, real = [], lexico.omp_beam
-    monkeypatch.setattr(lexico, "omp_beam", lambda D, Y, *a: (calls.append(Y.shape), real(D, Y, *a))[1])
+    monkeypatch.setattr(lexico, "omp_beam",
+                        lambda D, Y, *a: (calls.append(Y.shape), real(D, Y, *a))[1])
     run(sparse(2, buffer=4, window=3), [10, *[1] * 9])
     n = 2 * CONFIG.n_layers
     prompt, decoding = [(1, 2 * 6, 16)] * n, [(n, 2 * 3, 16)] * 2
