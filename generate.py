@@ -7,7 +7,6 @@ beside those of a dense one in 16 bits. --dense runs the usual cache, --compare 
 holds a conversation over one cache.
 """
 
-import argparse
 import json
 import os
 import resource
@@ -21,8 +20,8 @@ import torch
 import torch.nn.functional as F
 
 from lexico import CODINGS, DenseCache, Dictionaries, SparseCache
-from model import (ANSWER, Chat, Config, InputError, Llama, Tokenizer, compile_layers, parallelize,
-                   run_program, world)
+from model import (ANSWER, Chat, Config, InputError, Llama, Parser, Tokenizer, compile_layers,
+                   parallelize, run_program, world)
 
 
 def sample(logits, temperature, top_p, generator):
@@ -249,11 +248,8 @@ def read_sparsity(text):
 
 
 def parse_arguments():
-    def refuse(message):
-        raise InputError(f"{message}; see --help")
-
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.error, add = refuse, parser.add_argument
+    parser = Parser(description=__doc__.partition("\n")[0])
+    add = parser.add_argument
     either = parser.add_mutually_exclusive_group().add_argument
     add("--prompt", default="Once upon a time", help='the text to go on from; "-": standard input')
     add("--prompt-file", help='a UTF-8 text file instead; "-": standard input')
@@ -284,12 +280,8 @@ def parse_arguments():
     add("--quiet", action="store_true", help="print the text and nothing else")
     add("--json", metavar="FILE", help="write all figures there too")
     args = parser.parse_args()
-    for name, least, most in (("max-new-tokens", 1, inf), ("batch", 1, 1 if args.chat else inf),
-                              ("prompt-length", 0, inf), ("atoms", 1, 2**15),
-                              ("temperature", 0, inf), ("top-p", 1e-6, 1)):
-        given = getattr(args, name.replace("-", "_"))
-        if not least <= given <= most:
-            refuse(f"--{name} {given} is outside {least} .. {most}")
+    parser.check(args, max_new_tokens=(1, inf), batch=(1, 1 if args.chat else inf), top_p=(1e-6, 1),
+                 prompt_length=(0, inf), atoms=(1, 2**15), temperature=(0, inf))
     args.device, args.rank, args.ranks = world(args.device)
     return args
 

@@ -18,6 +18,7 @@ come at any time: a prompt, a chunk, one token.
 `python model.py` loads the embedded model and continues a sentence.
 """
 
+import argparse
 import atexit
 import base64
 import codecs
@@ -42,6 +43,20 @@ from safetensors.torch import load_file, save_file
 
 class InputError(Exception):
     """Bad input, in one line: the thing, the value, the way out. Programs print it and exit 2."""
+
+
+class Parser(argparse.ArgumentParser):
+    """Arguments that cannot be read, or are out of range, are bad input, too."""
+
+    def error(self, message):
+        raise InputError(f"{message}; see --help")
+
+    def check(self, args, **ranges):
+        """Refuse arguments outside their (least, most)."""
+        for name, (least, most) in ranges.items():
+            if not least <= getattr(args, name) <= most:
+                self.error(f"--{name.replace('_', '-')} {getattr(args, name)} is outside "
+                           f"{least} .. {most}")
 
 
 def run_program(main):

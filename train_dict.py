@@ -14,7 +14,6 @@ that hardly any vector uses is replaced by a vector that the others serve badly.
     python train_dict.py --text stories.txt --out dictionary.safetensors
 """
 
-import argparse
 import json
 import math
 import os
@@ -27,7 +26,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 
 from lexico import Dictionaries, default_path
-from model import Config, InputError, Llama, Tokenizer, run_program, world
+from model import Config, InputError, Llama, Parser, Tokenizer, run_program, world
 from omp import omp, reconstruct, relative_error
 
 HELD_OUT = 0.05  # the last part of every file, never learned from
@@ -347,7 +346,7 @@ def save_folder(d, folder):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser = Parser(description=__doc__.partition("\n")[0])
     parser.add_argument("--text", nargs="+", metavar="FILE",
                         help="text or .jsonl files; default: WikiText-103 from the Hub")
     parser.add_argument("--model", default="tiny", help='a folder, a Hub id, or "tiny" (default)')
@@ -365,10 +364,8 @@ def main():
     parser.add_argument("--device", help="default: the best there is")
     args, began = parser.parse_args(), time.time()
     config = Config.from_pretrained(args.model)
-    for name, least, most in (("sparsity", 1, config.head_dim), ("atoms", config.head_dim, 32768),
-                              ("tokens", 1, 10**12), ("batch", 1, 10**9), ("fade", 0, 1)):
-        if not least <= getattr(args, name) <= most:
-            raise InputError(f"--{name} {getattr(args, name)} is outside {least} .. {most}")
+    parser.check(args, sparsity=(1, config.head_dim), atoms=(config.head_dim, 2**15),
+                 tokens=(1, math.inf), batch=(1, math.inf), fade=(0, 1))
     args.out = args.out or Path(default_path(args.model))
     is_folder = args.out.suffix != ".safetensors"
     if is_folder and args.out.exists():
