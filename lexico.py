@@ -136,10 +136,11 @@ class Dictionaries:
 
     @classmethod
     def find(cls, model):
-        """Path of a model's dictionary: in its folder, or where train_dict.py puts it."""
-        path = find_file(model, "dictionary.safetensors", required=False)
-        path = path or Path(default_path(model))
+        """Path of a model's dictionary: where train_dict.py puts it, or in the model's folder."""
+        path = Path(default_path(model))
         if not path.is_file():
+            path = find_file(model, "dictionary.safetensors", required=False)
+        if path is None:
             raise InputError(f"no dictionary is known for model '{model}'; give --dictionary or "
                              f"--dense, or learn one: python train_dict.py --model {model}")
         return path

@@ -175,3 +175,10 @@ def test_dictionaries_come_back_as_they_were_saved(tmp_path):
     torch.testing.assert_close(back.atoms, d.atoms.bfloat16().float())
     assert back.metadata == {"model": "test"} and torch.equal(back.scale, d.scale)
     assert [path.name for path in tmp_path.iterdir()] == ["d"]
+
+
+def test_a_dictionary_learned_here_comes_before_the_model_s_own(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert Dictionaries.find("tiny").parent.name == "tiny"
+    dictionaries().save("tiny.dictionary.safetensors")
+    assert Dictionaries.load(Dictionaries.find("tiny")).metadata == {"model": "test"}
