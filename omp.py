@@ -81,8 +81,9 @@ def code(D, Y, sparsity, width=1, tol=None, bits=0):
         raise ValueError(f"D {tuple(D.shape)} and Y {tuple(Y.shape)} do not fit: (N, m), (B, m) "
                          "or (L, N, m), (L, B, m)")
     N, m = D.shape[-2:]
-    if not 1 <= sparsity <= min(N, m):
-        raise ValueError(f"sparsity {sparsity} is not within 1 .. {min(N, m)} (N = {N}, m = {m})")
+    if not 1 <= sparsity <= min(N, m) or width < 1:
+        raise ValueError(f"sparsity {sparsity} is not within 1 .. {min(N, m)} (N = {N}, m = {m}), "
+                         f"or width {width} is not at least 1")
     D3, Y3 = D.reshape(-1, N, m), Y.reshape(-1, *Y.shape[-2:])
     if len(D3) != len(Y3):
         raise ValueError(f"{len(D3)} dictionaries for {len(Y3)} batches of vectors")

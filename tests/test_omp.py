@@ -101,3 +101,5 @@ def test_coders_rank_as_in_the_paper_and_keep_the_largest_products_of_an_orthono
 def test_shapes_and_sparsities_that_do_not_fit_are_refused(D, Y, sparsity):
     with pytest.raises(ValueError):
         omp(torch.randn(D), torch.randn(Y), sparsity)
+    with pytest.raises(ValueError, match="width 0"):
+        omp_beam(dictionary(8, 4), torch.randn(3, 4), 2, width=0)
