@@ -200,8 +200,8 @@ class Codes:
 
     def write(self, rows, positions, x):
         """Code vectors x (n, B, H, T, m) of the dictionaries `rows` as tokens `positions` (T,)."""
-        D, Y = self.D[rows], x.flatten(1, 3).float()  # (n, N, m), (n, B H T, m)
-        Y = Y / self.scale[rows, None, None]
+        D, scale = self.D[rows], self.scale[rows].view(-1, 1, 1, 1, 1)
+        Y = (x / scale).flatten(1, 3)  # (n, B H T, m), float32
         if self.coding == "word":
             indices, level, e = omp_levels(D, Y, self.sparsity, self.bits, self.beam)
             # What passes 2^15 wraps when it is stored as int16: the bits are the same.
@@ -285,30 +285,32 @@ def add_over_codes(w, p, indices, coefficients):
 #
 # What costs time in the end is that 32 threads ask for 32 random atoms, and those in one bank of
 # the memory wait for each other. Hence products in half precision, and hence two neighbouring
-# threads (LANES) that share a token's values, each for half the heads: fewer atoms meet.
+# threads (LANES) that share a token's values, each for EACH of the heads: fewer atoms meet.
 #
 # This one is CUDA C++, for Triton knows no look-ups in shared memory; torch compiles it when it is
 # first called. Constants in capitals come from compile_codes. GP is G, rounded up to a power of 2.
-# A code is aligned so that a thread reads it in pieces of up to 16 bytes, the next token's while it
-# works at this one's. Coefficients become floats without a conversion: E4M3's bits move to their
-# places in a float, which is 2^120 too small then; a level's bits become the last ones of a float
-# 2^23 + LARGEST + level.
+# Structs are aligned so that a thread reads them in pieces of up to 16 bytes, the next token's code
+# while it works at this one's. Coefficients become floats without a conversion: E4M3's bits move to
+# their places in a float, which is 2^120 too small then; a level's bits become the last ones of a
+# float 2^23 + LARGEST + level.
 
 CODES = r"""
 typedef unsigned char u8;
 typedef unsigned short u16;
+typedef unsigned int u32;
 __device__ float to_float(u16 h) { float x; asm("cvt.f32.f16 %0, %1;":"=f"(x):"h"(h)); return x; }
 __device__ u16 to_half(float x) { u16 y; asm("cvt.rn.f16.f32 %0, %1;":"=h"(y):"f"(x)); return y; }
 __device__ float power(float x) { asm("ex2.approx.ftz.f32 %0, %0;" : "+f"(x)); return x; }
 __device__ float scale(u8 e) { return BITS ? power(e / 16.0f - 8) : 1; }
 __device__ constexpr int piece(int bytes) { return bytes % 16 ? bytes & -bytes : 16; }
-struct __align__(2 * GP) Products { u16 at[GP]; };
-struct __align__(piece(4 * GP)) Scores { float at[GP]; };
+template <class T, int COUNT> struct __align__(piece(sizeof(T) * COUNT)) Few { T at[COUNT]; };
+typedef Few<u16, GP> Products;
+typedef Few<float, GP> Scores;
 template <int S> struct Code {
-  struct __align__(piece(2 * S)) First { u16 at[S]; } first;
-  struct __align__(piece(BITS ? 1 : S)) Second { u8 at[BITS ? 1 : S]; } second;
+  Few<u16, S> first;
+  Few<u8, BITS ? 1 : S> second;
   __device__ Code(const u16* firsts, const u8* seconds, size_t token)
-      : first(((const First*)firsts)[token]), second(((const Second*)seconds)[token]) {}
+      : first(((Few<u16, S>*)firsts)[token]), second(((Few<u8, BITS ? 1 : S>*)seconds)[token]) {}
   __device__ int atom(int j) { return first.at[j] >> BITS; }
   __device__ float coefficient(int j) {
     int level = first.at[j] & (2 * LARGEST - 1), e4m3 = (second.at[BITS ? 0 : j] << 24) >> 4;
@@ -316,37 +318,51 @@ template <int S> struct Code {
                 : __int_as_float(e4m3 & 0x87f00000) * 1.329227995784916e36f;
   }
 };
+template <bool MAX> __device__ float both(float x, float y) { return MAX ? fmaxf(x, y) : x + y; }
 template <bool MAX, int COUNT> __device__ void reduce(float* x) {  // over all threads, to all
-  __shared__ float parts[COUNT][32];
-  for (int round = 0; round < 2; round++) {              // within each warp, then over the warps
-    for (int i = 0; i < COUNT; i++) {
-      if (round) x[i] = parts[i][threadIdx.x % 32];
-      for (int step = 16; step; step /= 2) {
-        float other = __shfl_xor_sync(~0u, x[i], step);
-        x[i] = MAX ? fmaxf(x[i], other) : x[i] + other;
-      }
-      if (!round && threadIdx.x % 32 == 0) parts[i][threadIdx.x / 32] = x[i];
+  __shared__ float parts[COUNT][32], whole[COUNT];
+  int lane = threadIdx.x % 32, warp = threadIdx.x / 32, step = 16;
+  #pragma unroll
+  for (int half = COUNT / 2; half; half /= 2, step /= 2)  // two lanes: each takes half the numbers
+    for (int i = 0; i < half; i++) {
+      float mine = lane & step ? x[i + half] : x[i], other = lane & step ? x[i] : x[i + half];
+      x[i] = both<MAX>(mine, __shfl_xor_sync(~0u, other, step));
     }
-    __syncthreads();
+  for (; step; step /= 2) x[0] = both<MAX>(x[0], __shfl_xor_sync(~0u, x[0], step));
+  parts[lane * COUNT / 32][warp] = x[0];
+  __syncthreads();
+  if (warp < COUNT) {
+    float part = parts[warp][lane];
+    for (step = 16; step; step /= 2) part = both<MAX>(part, __shfl_xor_sync(~0u, part, step));
+    whole[warp] = part;
   }
+  __syncthreads();
+  for (int i = 0; i < COUNT; i++) x[i] = whole[i];
 }
 extern "C" __global__ void __launch_bounds__(1024) codes(
     const u16* products, const u16* k_first, const u8* k_second, const u16* v_first,
     const u8* v_second, const long long* n_coded, int capacity, float4* stats, u16* tables) {
   extern __shared__ uint4 shared[];
   Products* table = (Products*)shared;                   // (N,), and later in its place
-  int* values = (int*)shared;                            // (GP / LANES, N, LANES), and behind both
+  int* values = (int*)shared;                            // (EACH, N, LANES), and behind both
   Scores* scores = (Scores*)(values + GP * N);           // (count,)
   int n = *n_coded, length = max((n + CHUNKS - 1) / CHUNKS, SHORTEST), begin = blockIdx.x * length;
   int head = blockIdx.y, count = min(length, n - begin), thread = threadIdx.x;
   if (count <= 0) return;
   size_t token = (size_t)head * capacity + begin;        // the first of the chunk
   Code<S_K> key(k_first, k_second, token + min(thread, count - 1));
-  for (int i = thread; i < N; i += 1024)
-    for (int g = 0; g < G; g++) table[i].at[g] = products[((size_t)head * G + g) * N + i];
+  for (int i = thread; i < N / 2; i += 1024) {           // two atoms
+    Few<u16, 2 * GP> pair;
+    for (int g = 0; g < G; g++) {
+      u32 x = ((u32*)products)[(head * G + g) * (N / 2) + i];
+      pair.at[g] = x;
+      pair.at[GP + g] = x >> 16;
+    }
+    ((Few<u16, 2 * GP>*)table)[i] = pair;
+  }
   __syncthreads();
-  float top[G], sums[2 * G] = {};                        // of weights; of weights times scales
-  for (int g = 0; g < G; g++) top[g] = -1e30f;
+  float top[GP], sums[2 * GP] = {};                      // of weights; of weights times scales
+  for (int g = 0; g < GP; g++) top[g] = -1e30f;
   for (int t = thread; t < count; t += 1024) {           // scores
     Code<S_K> code = key;
     key = Code<S_K>(k_first, k_second, token + min(t + 1024, count - 1));
@@ -361,36 +377,43 @@ extern "C" __global__ void __launch_bounds__(1024) codes(
   }
   int lane = thread % LANES, first = thread / LANES, step = 1024 / LANES;
   Code<S_V> value(v_first, v_second, token + min(first, count - 1));
-  reduce<true, G>(top);
+  reduce<true, GP>(top);
   for (int i = thread; i < N * GP / 4; i += 1024) shared[i] = make_uint4(0, 0, 0, 0);
   for (int t = thread; t < count; t += 1024) {           // weights
     float unit = scale(v_second[token + t]);
+    Scores x = scores[t];
     for (int g = 0; g < G; g++) {
-      float weight = power(scores[t].at[g] - top[g]);
+      float weight = power(x.at[g] - top[g]);
       sums[g] += weight;
-      sums[G + g] += scores[t].at[g] = weight * unit;
+      sums[GP + g] += x.at[g] = weight * unit;
     }
+    scores[t] = x;
   }
-  reduce<false, 2 * G>(sums);
-  float units[GP / LANES] = {}, weight[GP / LANES];      // of the heads lane, lane + LANES, ...
+  reduce<false, 2 * GP>(sums);
+  float units[EACH] = {};                                // of the heads lane * EACH and following
   for (int g = 0; g < G; g++)
-    if (g % LANES == lane) units[g / LANES] = (1 << 30) / (LARGEST * sums[G + g]);
+    if (g / EACH == lane) units[g % EACH] = (1 << 30) / (LARGEST * sums[GP + g]);
   for (int t = first; t < count; t += step) {            // the values' table
     Code<S_V> code = value;
     value = Code<S_V>(v_first, v_second, token + min(t + step, count - 1));
-    for (int k = 0; k < GP / LANES; k++) weight[k] = scores[t].at[k * LANES + lane] * units[k];
+    Few<float, EACH> weight = ((Few<float, EACH>*)scores)[t * LANES + lane];
+    for (int k = 0; k < EACH; k++) weight.at[k] *= units[k];
     for (int j = 0; j < S_V; j++)
-      for (int k = 0; k < GP / LANES; k++)
-        if (k * LANES + lane < G) atomicAdd(&values[(k * N + code.atom(j)) * LANES + lane],
-                                            __float2int_rn(weight[k] * code.coefficient(j)));
+      for (int k = 0; k < EACH; k++)
+        if (lane * EACH + k < G) atomicAdd(&values[(k * N + code.atom(j)) * LANES + lane],
+                                           __float2int_rn(weight.at[k] * code.coefficient(j)));
   }
   __syncthreads();
-  for (int g = 0; g < G; g++) {
-    size_t chunk = ((size_t)head * G + g) * CHUNKS + blockIdx.x;
-    for (int i = thread; i < N; i += 1024)               // 2^30 leaves as 2^15, in half precision
-      tables[chunk * N + i] = to_half(values[(g / LANES * N + i) * LANES + g % LANES] / 32768.0f);
-    if (thread == 0) stats[chunk] = make_float4(top[g], sums[g], sums[G + g], 0);
-  }
+  size_t chunk = (size_t)head * G * CHUNKS + blockIdx.x;  // of the first head
+  for (int k = 0; k < EACH; k++)
+    for (int i = thread; i < N / 2; i += 1024) {         // 2^30 leaves as 2^15, in half precision
+      Few<int, 2 * LANES> pair = ((Few<int, 2 * LANES>*)values)[k * (N / 2) + i];
+      for (int g = k, l = 0; g < G; g += EACH, l++)
+        ((u32*)tables)[(chunk + g * CHUNKS) * (N / 2) + i] =
+            to_half(pair.at[l] / 32768.0f) | to_half(pair.at[LANES + l] / 32768.0f) << 16;
+    }
+  for (int g = 0; g < G; g++)
+    if (thread == 0) stats[chunk + g * CHUNKS] = make_float4(top[g], sums[g], sums[GP + g], 0);
 }
 """
 SHORTEST = 256  # tokens of a chunk, at least
@@ -425,8 +448,8 @@ def products_and_ring(q, D, scale, keys, values, seen, products, ring_out, rows,
             slot = start + tl.arange(0, BLOCK)
             keep = tl.load(seen + slot, mask=slot < slots, other=0) != 0
             at = (program * slots + slot[:, None]) * M + m
-            k = tl.load(keys + at, mask=keep[:, None], other=0.0)
-            v = tl.load(values + at, mask=keep[:, None], other=0.0)
+            k = tl.load(keys + at, mask=slot[:, None] < slots, other=0.0)  # waits not for keep
+            v = tl.load(values + at, mask=slot[:, None] < slots, other=0.0)
             scores = tl.where(keep[None, :], tl.dot(x, tl.trans(k)) * unit, -1e30)
             higher = tl.maximum(top, tl.max(scores, axis=1, keep_dims=True))
             p = tl.where(keep[None, :], tl.exp2(scores - higher), 0.0)
@@ -446,7 +469,7 @@ def combine(tables, stats, ring_out, scale, n_coded, w, base, unit, N, CHUNKS: t
     coded, c, m = tl.load(n_coded), tl.arange(0, PADDED), tl.arange(0, M)
     used = c < tl.cdiv(coded, tl.maximum(tl.cdiv(coded, CHUNKS), SHORTEST))
     chunk, ring_out = row * CHUNKS + c, ring_out + row * (M + 2)
-    x = tl.load(tables + chunk[:, None] * N + n, mask=used[:, None], other=0.0).to(tl.float32)
+    x = tl.load(tables + chunk[:, None] * N + n, mask=used[:, None] & (n < N), other=0.0)
     tops = tl.load(stats + chunk * 4, mask=used, other=-1e30)
     sums = tl.load(stats + chunk * 4 + 1, mask=used, other=0.0)
     scaled_sums = tl.load(stats + chunk * 4 + 2, mask=used, other=0.0)
@@ -454,8 +477,9 @@ def combine(tables, stats, ring_out, scale, n_coded, w, base, unit, N, CHUNKS: t
     top = tl.maximum(tl.max(tops, axis=0), ring_top)
     share, ring_share = tl.exp2(tops - top), tl.exp2(ring_top - top)
     total = tl.sum(share * sums, axis=0) + ring_share * tl.load(ring_out + M + 1)
-    x = tl.sum(x * (share * scaled_sums)[:, None], axis=0) * (unit * tl.load(scale) / total)
-    tl.store(w + row * N + n, x)
+    x = tl.sum(x.to(tl.float32) * (share * scaled_sums)[:, None], axis=0)
+    x *= unit * tl.load(scale) / total
+    tl.store(w + row * N + n, x, mask=n < N)
     if tl.program_id(1) == 0:
         tl.store(base + row * M + m, tl.load(ring_out + m) * (ring_share / total))
 
@@ -481,6 +505,7 @@ def attend_codes(q, key_codes, value_codes, n_coded, ring, seen, bits):
     (B, H, slots, M), (N, capacity) = ring.shape[1:], (len(Dk), k_parts[0].shape[2])
     heads, rows, G = B * H, B * q.shape[1], q.shape[1] // H
     GP, largest = triton.next_power_of_2(G), 1 << bits - 1 if bits else 448
+    lanes = min(GP, 2)
     # As many chunks as fill the processors, and more if a chunk's scores had no room.
     chip = torch.cuda.get_device_properties(q.device)
     shared = chip.shared_memory_per_block_optin - 3072  # reduce needs a little, too
@@ -491,18 +516,19 @@ def attend_codes(q, key_codes, value_codes, n_coded, ring, seen, bits):
     products, tables = (new(rows, n, N, dtype=torch.float16) for n in (1, chunks))
     stats, ring_out = new(rows, chunks, 4), new(rows, M + 2)
     w, base = new(rows, N, dtype=q.dtype), new(rows, M, dtype=q.dtype)
-    tile = 16 if rows <= 128 else 64
+    tile = 32 if rows <= 128 else 64
     products_and_ring[(heads + triton.cdiv(rows, tile) * (N // 64),)](
         q, Dk, k_scale, *ring, seen, products, ring_out, rows, heads, slots, N, G, M, tile, 64)
     codes = compile_codes(
-        shared, N=N, G=G, GP=GP, LANES=min(GP, 2), S_K=k_parts[0].shape[3],
+        shared, N=N, G=G, GP=GP, LANES=lanes, EACH=GP // lanes, S_K=k_parts[0].shape[3],
         S_V=v_parts[0].shape[3], BITS=bits, LARGEST=largest, CHUNKS=chunks, SHORTEST=SHORTEST)
     codes((chunks, heads, 1), (1024, 1, 1), [
         products, *k_parts, *v_parts, n_coded, capacity, stats, tables], 4 * GP * (N + longest))
     wide = triton.next_power_of_2(chunks)
-    block = min(N, 2**14 // wide)
-    combine[rows, N // block](tables, stats, ring_out, v_scale, n_coded, w, base, largest / 2**15,
-                              N, chunks, SHORTEST, wide, M, block)
+    block = min(triton.next_power_of_2(N), 2**14 // wide)
+    combine[rows, triton.cdiv(N, block)](
+        tables, stats, ring_out, v_scale, n_coded, w, base, largest / 2**15, N, chunks, SHORTEST,
+        wide, M, block)
     return base.addmm_(w, Dv).view_as(q)
 
 
@@ -659,12 +685,13 @@ class SparseCache:
     def _prefill(self, layer, q, k, v):
         """Attend with T > 1 queries, then code at once what does not stay in the buffer."""
         end = self.length + q.shape[2]
-        waiting = torch.arange(self.coded, self.length, device=q.device) % len(self.slots)
-        keys = torch.cat((self.ring[KEYS, layer][:, :, waiting].to(k.dtype), k), dim=2)
-        values = torch.cat((self.ring[VALUES, layer][:, :, waiting].to(v.dtype), v), dim=2)
         if self.length == 0:
+            keys, values = k, v
             out = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
         else:
+            waiting = torch.arange(self.coded, self.length, device=q.device) % len(self.slots)
+            keys = torch.cat((self.ring[KEYS, layer][:, :, waiting].to(k.dtype), k), dim=2)
+            values = torch.cat((self.ring[VALUES, layer][:, :, waiting].to(v.dtype), v), dim=2)
             position = torch.arange(self.length, end, device=q.device)[:, None]
             seen = torch.arange(self.coded, end, device=q.device) <= position  # (T, waiting + T)
             out = self._attend(layer, q, keys, values, seen)

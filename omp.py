@@ -38,6 +38,7 @@ except ImportError:  # the kernels below stay text, and torch does the work
         return function or jit
 
 CHUNK = 2**24  # correlations held at a time: 64 MB in float32, whatever the number of vectors
+ATOMS = 64  # of a tile, for the kernel
 
 
 def omp(D, Y, sparsity, tol=None):
@@ -259,9 +260,11 @@ def column(x, k):
 
 
 @jit
-def sweep(D, residual, first, TILES: tl.constexpr, TILE_BITS: tl.constexpr, ATOMS: tl.constexpr):
+def sweep(D, residual, first, back, TILES: tl.constexpr, TILE_BITS: tl.constexpr,
+          ATOMS: tl.constexpr):
     """The atom of largest |<r, d_n>|, among TILES tiles of ATOMS atoms, for residual (ROWS, M).
 
+    back: whether to begin with the last tile, which a sweep before may have left in the L2 cache.
     Returns (ROWS, 1) the correlations as integers to compare by, and the indices of the atoms.
     """
     M: tl.constexpr = residual.shape[1]
@@ -269,7 +272,7 @@ def sweep(D, residual, first, TILES: tl.constexpr, TILE_BITS: tl.constexpr, ATOM
     r = tl.trans(residual.to(D.dtype.element_ty))  # (M, ROWS)
     best = tl.zeros([ATOMS, residual.shape[0]], tl.int32)
     for t in range(TILES):
-        i = first + t
+        i = first + tl.where(back, TILES - 1 - t, t)
         correlation = tl.dot(tl.load(D + i * ATOMS * M + tile), r)  # (ATOMS, ROWS)
         # Clear the sign and the bits that the number of the tile takes.
         size = correlation.to(tl.int32, bitcast=True) & (0x7FFFFFFF - TILE_BITS)
@@ -315,7 +318,7 @@ def omp_kernel(Y, D, D_half, scratch, sync, indices, coefficients, exponents, it
             # 1. The choice, agreed with the programs that sweep the other parts.
             tl.debug_barrier()
             value, pick = sweep(D_half + dictionary * N * M, tl.load(residual + r * M + m),
-                                part * TILES, TILES, TILE_BITS, ATOMS)  # (ROWS, 1)
+                                part * TILES, k % 2 == 1, TILES, TILE_BITS, ATOMS)  # (ROWS, 1)
             if SPLIT > 1:
                 winner = sync + items + row * S + k
                 tl.atomic_max(winner, value.to(tl.int64) << 32 | pick, mask=real)
@@ -369,7 +372,8 @@ def fits(D, Y, sparsity):
     """Whether the kernels take D and Y (see omp)."""
     N, m = D.shape[-2:]
     return (on_gpu(D) and D.dtype in (torch.bfloat16, torch.float32) and Y.dtype != torch.float64
-            and m in (64, 128) and N % 256 == 0 and N <= 2**15 and sparsity <= 32 and Y.numel() > 0)
+            and m in (64, 128) and N % ATOMS == 0 and N <= 2**15 and sparsity <= 32
+            and Y.numel() > 0)
 
 
 @functools.lru_cache(None)
@@ -394,28 +398,27 @@ def on_gpu(x):
 
 
 def plan(D, B):
-    """ROWS, BLOCK, ATOMS, bits for a tile's number, processors, and options for the compiler.
+    """ROWS, BLOCK, processors, and options for the compiler.
 
-    Few vectors wait for the memory and want long tiles in flight; many feed the tensor cores and
-    want three programs on a processor.
+    Few vectors wait for the memory and want tiles in flight; many feed the tensor cores and want
+    three programs on a processor.
     """
-    rows, block, atoms, processors, options = 16, 16, 64, 1, {}  # for Triton's interpreter
-    if D.is_cuda:
-        chip = torch.cuda.get_device_properties(D.device)
-        processors, options = chip.multi_processor_count, dict(num_warps=8, num_stages=3)
-        if B > 128:
-            rows, block, options = 64, 32, dict(num_warps=4, num_stages=3, maxnreg=168)
-        elif chip.shared_memory_per_block_optin > 200_000:
-            rows, block, atoms = (16, 16, 256) if B <= 32 else (32, 32, 128)
-    return rows, block, atoms, triton.next_power_of_2(D.shape[1] // atoms) - 1, processors, options
+    if not D.is_cuda:  # for Triton's interpreter
+        return 16, 16, 1, {}
+    rows, block = (16, 16) if B <= 32 else (32, 32) if B <= 128 else (64, 32)
+    options = dict(num_warps=4, num_stages=4 if B <= 32 else 3)
+    if B > 128:
+        options["maxnreg"] = 168
+    return rows, block, torch.cuda.get_device_properties(D.device).multi_processor_count, options
 
 
 def omp_fused(D, Y, sparsity, bits=0):
     """pursue and solve for D (L, N, m) and Y (L, B, m) that fit, in one launch."""
     (L, N, m), B, padded = D.shape, Y.shape[1], triton.next_power_of_2(sparsity)
-    rows, block, atoms, tile_bits, processors, options = plan(D, B)
+    rows, block, processors, options = plan(D, B)
     items, split = L * triton.cdiv(B, rows), 1
-    while 2 * split * items <= processors and N % (2 * split * atoms) == 0:
+    tile_bits = triton.next_power_of_2(N // ATOMS) - 1
+    while 2 * split * items <= processors and N % (2 * split * ATOMS) == 0:
         split *= 2
     # Numbers of scratch a program needs. 256 MB of it serve any number of vectors.
     size = rows * ((1 + sparsity) * m + (2 + sparsity) * padded)
@@ -431,7 +434,7 @@ def omp_fused(D, Y, sparsity, bits=0):
     D_half = (D.bfloat16() if D.is_cuda else D.float()).contiguous()
     omp_kernel[(programs,)](
         Y.float().contiguous(), D.contiguous(), D_half, scratch, sync, indices, coefficients,
-        exponents, items, B, size, N, m, sparsity, padded, rows, block, atoms, tile_bits, split,
+        exponents, items, B, size, N, m, sparsity, padded, rows, block, ATOMS, tile_bits, split,
         2.0 ** (bits - 1) - 1 if bits else 0, **options)
     return (indices, coefficients, exponents) if bits else (indices, coefficients)
 
