@@ -525,10 +525,10 @@ def attend_codes(q, key_codes, value_codes, n_coded, ring, seen, bits):
     codes((chunks, heads, 1), (1024, 1, 1), [
         products, *k_parts, *v_parts, n_coded, capacity, stats, tables], 4 * GP * (N + longest))
     wide = triton.next_power_of_2(chunks)
-    block = min(triton.next_power_of_2(N), 2**14 // wide)
+    block = min(triton.next_power_of_2(N), 2**15 // wide)
     combine[rows, triton.cdiv(N, block)](
         tables, stats, ring_out, v_scale, n_coded, w, base, largest / 2**15, N, chunks, SHORTEST,
-        wide, M, block)
+        wide, M, block, num_warps=8)
     return base.addmm_(w, Dv).view_as(q)
 
 
