@@ -417,6 +417,7 @@ extern "C" __global__ void __launch_bounds__(1024) codes(
 }
 """
 SHORTEST = 256  # tokens of a chunk, at least
+STATIC = 4096  # bytes of shared memory that reduce takes, at most
 
 
 @functools.lru_cache(None)
@@ -491,7 +492,7 @@ def attention_fits(D, config, sparsity, coding):
     (N, m), G = D.shape, config.n_heads // config.kv_heads
     table = 4 * triton.next_power_of_2(G) * (N + 1024)
     return m in (64, 128) and N % 64 == 0 and G <= 8 and sparsity <= 32 and table <= (
-        torch.cuda.get_device_properties(D.device).shared_memory_per_block_optin - 3072)
+        torch.cuda.get_device_properties(D.device).shared_memory_per_block_optin - STATIC)
 
 
 def attend_codes(q, key_codes, value_codes, n_coded, ring, seen, bits):
@@ -508,7 +509,7 @@ def attend_codes(q, key_codes, value_codes, n_coded, ring, seen, bits):
     lanes = min(GP, 2)
     # As many chunks as fill the processors, and more if a chunk's scores had no room.
     chip = torch.cuda.get_device_properties(q.device)
-    shared = chip.shared_memory_per_block_optin - 3072  # reduce needs a little, too
+    shared = chip.shared_memory_per_block_optin - STATIC
     room = shared // (4 * GP) - N - 256
     chunks = max(chip.multi_processor_count // heads, triton.cdiv(capacity, room), 1)
     longest = max(SHORTEST, triton.cdiv(capacity, chunks))
