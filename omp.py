@@ -335,10 +335,12 @@ def omp_kernel(Y, D, D_half, scratch, sync, indices, coefficients, exponents, it
                 here, corner = a * M + m, a * S_PADDED
                 # 2. Gram-Schmidt: what of the new atom is orthogonal to those chosen before. One
                 # that adds no direction (it came again: nothing is left) gets the coefficient 0.
+                # All that is needed soon is loaded now: the L2 cache is far.
+                rest, ahead = tl.load(residual + here), tl.load(basis + here)
                 new = tl.load(picks + corner + k).to(tl.int32)  # (BLOCK, 1)
                 atom = tl.load(D + (dictionary * N + new) * M + m).to(tl.float32)  # (BLOCK, M)
                 for i in range(k):
-                    q = tl.load(basis + i * ROWS * M + here)
+                    q, ahead = ahead, tl.load(basis + (i + 1) * ROWS * M + here)
                     p = tl.sum(atom * q, axis=1)[:, None]
                     atom -= p * q
                     tl.store(triangle + k * ROWS * S_PADDED + corner + i, p)
@@ -348,7 +350,6 @@ def omp_kernel(Y, D, D_half, scratch, sync, indices, coefficients, exponents, it
                 # 3. The refit: take the new direction out of the residual.
                 q = atom * scale
                 tl.store(basis + k * ROWS * M + here, q)
-                rest = tl.load(residual + here)
                 projection = tl.sum(rest * q, axis=1)[:, None]
                 tl.store(residual + here, rest - projection * q)
                 tl.store(triangle + S * ROWS * S_PADDED + corner + k, projection)
