@@ -40,7 +40,7 @@ except ImportError:  # as in omp.py
 
 KEYS, VALUES = 0, 1  # the first dimension of everything that exists for both
 FORMAT = "lexico-dictionaries-1"
-PIECE, ROWS = 8192, 16  # coded tokens, and queries, that attention takes at a time
+PIECE, ROWS = 2**21, 16  # numbers that attention over codes holds at a time, and queries
 
 
 # --------------------------------------------------------------------------------------------------
@@ -255,9 +255,9 @@ def add_over_codes(w, p, indices, coefficients):
     """Add p z to the table w (R, P, N), at z's indices. p: (P, R, T), codes: (P, T, s)."""
     R, P, N = w.shape
     first = torch.arange(0, P * N, N, dtype=torch.int32, device=w.device)
-    places = (indices + first[:, None, None]).flatten().long()  # (P T s,)
-    for r in range(R):  # one number at a time is what CPUs add fast
-        w[r].view(P * N).scatter_add_(0, places, (coefficients * p[:, r, :, None]).flatten())
+    places = (indices + first[:, None, None]).view(1, -1).long().expand(R, -1)  # (R, P T s)
+    added = p.transpose(0, 1).contiguous()[..., None] * coefficients  # (R, P, T, s)
+    w.view(R, P * N).scatter_add_(1, places, added.view(R, -1))
 
 
 # --------------------------------------------------------------------------------------------------
@@ -743,17 +743,18 @@ class SparseCache:
         (B, _, T, m), P, dtype = q.shape, keys.shape[0] * keys.shape[1], q.dtype
         (key_codes, k), (value_codes, v) = self.place[KEYS, layer], self.place[VALUES, layer]
         Dk, Dv = key_codes.D[k].float(), value_codes.D[v].float()  # (N, m)
-        q = q.reshape(P, -1, T, m).float()  # (P, G, T, m)
+        q = q.reshape(P, -1, T, m).float() / m**0.5  # (P, G, T, m)
         keys, values = keys.flatten(0, 1).float(), values.flatten(0, 1).float()
-        pieces = [(start, min(start + PIECE, self.coded)) for start in range(0, self.coded, PIECE)]
+        size = max(1, PIECE // (P * q.shape[1] * min(T, ROWS) * value_codes.sparsity))
+        pieces = [(start, min(start + size, self.coded)) for start in range(0, self.coded, size)]
         outs = []
         for rows, allowed in zip(q.split(ROWS, dim=2), seen.split(ROWS)):
             rows = rows.flatten(1, 2)  # (P, R, m)
-            hidden = ~allowed.repeat(rows.shape[1] // len(allowed), 1)  # (R, S)
             scores = [scores_over_codes(rows * key_codes.scale[k], Dk, *key_codes.read(k, *piece))
                       for piece in pieces]
-            scores.append((rows @ keys.mT).masked_fill(hidden, -torch.inf))
-            p = torch.softmax(torch.cat(scores, dim=-1) / m**0.5, dim=-1)  # (P, R, coded + S)
+            dense = (rows @ keys.mT).unflatten(1, (-1, len(allowed)))  # (P, G, T, S)
+            scores.append(dense.masked_fill(~allowed, -torch.inf).flatten(1, 2))
+            p = torch.softmax(torch.cat(scores, dim=-1), dim=-1)  # (P, R, coded + S)
             out = p[..., self.coded:] @ values  # (P, R, m)
             if pieces:
                 w = p.new_zeros(rows.shape[1], P, len(Dv))  # (R, P, N)
