@@ -31,12 +31,7 @@ from safetensors.torch import save_file
 from torch.nn.attention.bias import causal_lower_right
 
 from model import Config, InputError, best_device, find_file
-from omp import jit, milliseconds, omp_beam, omp_levels, on_gpu, reconstruct, tl
-
-try:
-    import triton
-except ImportError:  # as in omp.py
-    triton = None
+from omp import jit, milliseconds, omp_beam, omp_levels, on_gpu, reconstruct, tl, triton
 
 KEYS, VALUES = 0, 1  # the first dimension of everything that exists for both
 FORMAT = "lexico-dictionaries-1"
@@ -177,8 +172,8 @@ class Codes:
     fp8      the published one, 3 s bytes: s int16 indices, s coefficients in FP8 E4M3 (4 bits of
              exponent, 3 of mantissa) in units of the dictionary's scale. What is larger than
              E4M3's largest number, 448, becomes that, not NaN.
-    word     2 s + 1 bytes: s words of 16 bits, the index in the high log2 N, in the rest a signed
-             level, and a byte e. A coefficient is level x 2^(e/16 - 8) in units of the scale.
+    word     2 s + 1 bytes: s words of 16 bits, the index in the upper bits, in the rest a signed
+             level; and a byte e. A coefficient is level x 2^(e/16 - 8) in units of the scale.
     float32  6 s bytes: coefficients as they are, to see sparsity alone.
 
     D: (n, N, m) atoms. scale: (n,), what a coefficient of 1 stands for.
@@ -268,13 +263,13 @@ def add_over_codes(w, p, indices, coefficients):
 # memory. Four launches, of the same shape for every length (the number of coded tokens is read on
 # the device, and blocks with nothing to do leave at once), so that a CUDA graph can replay them:
 #
-#   products_and_ring  q D_k^T for all rows of q, on the tensor cores. In the same launch, for who
-#                      waits on nothing can share one: plain attention over the ring.
+#   products_and_ring  q D_k^T for all rows of q, on the tensor cores. In the same launch, as
+#                      neither waits for the other: plain attention over the ring.
 #   codes              A block takes a chunk of one KV head's tokens, and copies the head's products
 #                      to shared memory, N atoms x G query heads. s look-ups make a token's scores,
 #                      which stay there, too; their maximum known, a second look turns them into
 #                      weights. The products' place becomes the values' table: for every token, add
-#                      weight x coefficient at its atoms. That table leaves, and 3 numbers.
+#                      weight x coefficient at its atoms. That table leaves, and 3 stats.
 #   combine            The chunks' tables, each by its share of the softmax, in one: w (rows, N).
 #   addmm              w D_v, plus the ring's output.
 #
@@ -285,11 +280,11 @@ def add_over_codes(w, p, indices, coefficients):
 #
 # What costs time in the end is that 32 threads ask for 32 random atoms, and those in one bank of
 # the memory wait for each other. Hence products in half precision, and hence two neighbouring
-# threads (LANES) that share a token's values, each for EACH of the heads: fewer atoms meet.
+# threads (LANES) share a token's values, EACH heads for either: a warp asks for half the atoms.
 #
 # This one is CUDA C++, for Triton knows no look-ups in shared memory; torch compiles it when it is
-# first called. Constants in capitals come from compile_codes. GP is G, rounded up to a power of 2.
-# Structs are aligned so that a thread reads them in pieces of up to 16 bytes, the next token's code
+# first called. Constants in capitals come from attend_codes. GP is G, rounded up to a power of 2.
+# `Few` is aligned so that a thread reads it in pieces of up to 16 bytes, the next token's code
 # while it works at this one's. Coefficients become floats without a conversion: E4M3's bits move to
 # their places in a float, which is 2^120 too small then; a level's bits become the last ones of a
 # float 2^23 + LARGEST + level.
@@ -319,7 +314,7 @@ template <int S> struct Code {
   }
 };
 template <bool MAX> __device__ float both(float x, float y) { return MAX ? fmaxf(x, y) : x + y; }
-template <bool MAX, int COUNT> __device__ void reduce(float* x) {  // over all threads, to all
+template <bool MAX, int COUNT> __device__ void reduce(float* x) {  // COUNT over all threads
   __shared__ float parts[COUNT][32], whole[COUNT];
   int lane = threadIdx.x % 32, warp = threadIdx.x / 32, step = 16;
   #pragma unroll
@@ -343,9 +338,9 @@ extern "C" __global__ void __launch_bounds__(1024) codes(
     const u16* products, const u16* k_first, const u8* k_second, const u16* v_first,
     const u8* v_second, const long long* n_coded, int capacity, float4* stats, u16* tables) {
   extern __shared__ uint4 shared[];
-  Products* table = (Products*)shared;                   // (N,), and later in its place
-  int* values = (int*)shared;                            // (EACH, N, LANES), and behind both
-  Scores* scores = (Scores*)(values + GP * N);           // (count,)
+  Products* table = (Products*)shared;                   // (N,), at first
+  int* values = (int*)shared;                            // (EACH, N, LANES), in its place later
+  Scores* scores = (Scores*)(values + GP * N);           // (count,), behind both
   int n = *n_coded, length = max((n + CHUNKS - 1) / CHUNKS, SHORTEST), begin = blockIdx.x * length;
   int head = blockIdx.y, count = min(length, n - begin), thread = threadIdx.x;
   if (count <= 0) return;
@@ -361,7 +356,7 @@ extern "C" __global__ void __launch_bounds__(1024) codes(
     ((Few<u16, 2 * GP>*)table)[i] = pair;
   }
   __syncthreads();
-  float top[GP], sums[2 * GP] = {};                      // of weights; of weights times scales
+  float top[GP], sums[2 * GP] = {};                      // sums of weights, then times scales
   for (int g = 0; g < GP; g++) top[g] = -1e30f;
   for (int t = thread; t < count; t += 1024) {           // scores
     Code<S_K> code = key;
@@ -490,7 +485,7 @@ def attention_fits(D, config, sparsity, coding):
     if not on_gpu(D) or D.dtype != torch.bfloat16 or coding == "float32":
         return False
     (N, m), G = D.shape, config.n_heads // config.kv_heads
-    table = 4 * triton.next_power_of_2(G) * (N + 1024)
+    table = 4 * triton.next_power_of_2(G) * (N + 2 * SHORTEST)  # and some tokens' scores
     return m in (64, 128) and N % 64 == 0 and G <= 8 and sparsity <= 32 and table <= (
         torch.cuda.get_device_properties(D.device).shared_memory_per_block_optin - STATIC)
 
@@ -506,11 +501,10 @@ def attend_codes(q, key_codes, value_codes, n_coded, ring, seen, bits):
     (B, H, slots, M), (N, capacity) = ring.shape[1:], (len(Dk), k_parts[0].shape[2])
     heads, rows, G = B * H, B * q.shape[1], q.shape[1] // H
     GP, largest = triton.next_power_of_2(G), 1 << bits - 1 if bits else 448
-    lanes = min(GP, 2)
     # As many chunks as fill the processors, and more if a chunk's scores had no room.
     chip = torch.cuda.get_device_properties(q.device)
     shared = chip.shared_memory_per_block_optin - STATIC
-    room = shared // (4 * GP) - N - 256
+    room = shared // (4 * GP) - N
     chunks = max(chip.multi_processor_count // heads, triton.cdiv(capacity, room), 1)
     longest = max(SHORTEST, triton.cdiv(capacity, chunks))
     new = functools.partial(torch.empty, device=q.device)
@@ -521,7 +515,7 @@ def attend_codes(q, key_codes, value_codes, n_coded, ring, seen, bits):
     products_and_ring[(heads + triton.cdiv(rows, tile) * (N // 64),)](
         q, Dk, k_scale, *ring, seen, products, ring_out, rows, heads, slots, N, G, M, tile, 64)
     codes = compile_codes(
-        shared, N=N, G=G, GP=GP, LANES=lanes, EACH=GP // lanes, S_K=k_parts[0].shape[3],
+        shared, N=N, G=G, GP=GP, LANES=min(GP, 2), EACH=max(GP // 2, 1), S_K=k_parts[0].shape[3],
         S_V=v_parts[0].shape[3], BITS=bits, LARGEST=largest, CHUNKS=chunks, SHORTEST=SHORTEST)
     codes((chunks, heads, 1), (1024, 1, 1), [
         products, *k_parts, *v_parts, n_coded, capacity, stats, tables], 4 * GP * (N + longest))
@@ -604,8 +598,9 @@ class SparseCache:
                              "0, 1 and 1")
         if coding not in CODINGS:
             raise InputError(f"coding '{coding}' is unknown; there are {', '.join(CODINGS)}")
-        if coding == "word" and dictionaries.n_atoms > 2**13:
-            raise InputError(f"coding word has no room for {dictionaries.n_atoms} atoms; use fp8")
+        if dictionaries.n_atoms > (most := 2**13 if coding == "word" else 2**15):
+            raise InputError(f"coding {coding} has room for {most} atoms, not for the "
+                             f"dictionary's {dictionaries.n_atoms}; use fp8, or fewer atoms")
         self.config, self.dictionaries = config, dictionaries
         self.buffer, self.window = buffer, window
         # Dictionaries of one sparsity are coded together, as one group.
@@ -625,8 +620,8 @@ class SparseCache:
         # after RoPE), so attention does not mind the order.
         self.ring = torch.zeros(2, config.n_layers, batch, config.kv_heads, buffer + window,
                                 config.head_dim, device=atoms.device, dtype=dtype or atoms.dtype)
-        # Tokens seen, and the oldest of them, coded: for shapes, and on the device, where alone a
-        # recorded step finds them.
+        # Tokens seen, and how many of them are coded: here for shapes, and on the device, where a
+        # recorded step reads them.
         self.length = self.coded = 0
         self.position, self.n_coded = torch.zeros(2, dtype=torch.long, device=atoms.device)
         self.slots = torch.arange(buffer + window, device=atoms.device)
@@ -647,7 +642,7 @@ class SparseCache:
 
     def attend(self, layer, q, k, v):
         """Append k, v (B, H, T, m), attend with q (B, G H, T, m): the output, shaped as q."""
-        T, last = q.shape[2], layer == self.config.n_layers - 1
+        T = q.shape[2]
         if T > 1:
             out = self._prefill(layer, q, k, v)
         else:
@@ -661,11 +656,11 @@ class SparseCache:
             ring[KEYS].index_copy_(2, self.slot, k.to(ring.dtype))
             ring[VALUES].index_copy_(2, self.slot, v.to(ring.dtype))
             out = self.attend_one(layer, q)
-        if last:
-            coded = max(self.coded, self.length + T - self.buffer) if T > 1 else self.coded
+        if layer == self.config.n_layers - 1:
+            coded = max(0, self.length + T - self.buffer - self.coded) if T > 1 else 0
             self.position += T
-            self.n_coded += coded - self.coded
-            self.count(T, coded - self.coded)
+            self.n_coded += coded
+            self.count(T, coded)
         return out
 
     def attend_one(self, layer, q):
@@ -673,7 +668,7 @@ class SparseCache:
         ring = self.ring[:, layer]
         if not self.fused:
             return self._attend(layer, q, *ring, self.seen[None])
-        out = attend_codes(q[:, :, 0].bfloat16(), self.codes_of(KEYS, layer),
+        out = attend_codes(q[:, :, 0].bfloat16().contiguous(), self.codes_of(KEYS, layer),
                            self.codes_of(VALUES, layer), self.n_coded, ring, self.seen,
                            self.place[KEYS, layer][0].bits)
         return out[:, :, None].to(q.dtype)

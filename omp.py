@@ -31,6 +31,8 @@ try:
     import triton.language as tl
     from triton import jit
 except ImportError:  # the kernels below stay text, and torch does the work
+    triton = None
+
     class tl:
         constexpr = None
 
@@ -240,7 +242,7 @@ def reconstruct(D, indices, coefficients):
 #   - A program keeps the residuals of ROWS vectors in shared memory, as bf16 for the tensor cores,
 #     and streams the dictionary past them, ATOMS atoms at a time: 2 N m bytes for each step, from
 #     the L2 cache where a dictionary (1 MB) stays. Besides, k rows of the float32 basis for each
-#     vector in step k. Nothing else moves.
+#     vector in step k. Little else moves.
 #   - Every register keeps its own running maximum of |correlation|. Threads compare theirs once,
 #     when the sweep is over. The number of the winning tile rides in the lowest bits of the float
 #     itself (positive floats sort like integers), so that the maximum alone is enough.
@@ -251,12 +253,6 @@ def reconstruct(D, indices, coefficients):
 #     a dictionary: each sweeps its part, they agree by an atomic maximum, and wait for each other.
 #     They all must run at once, so only as many are started as the chip has processors.
 #   - Many vectors share the scratch of few programs: each takes group after group of ROWS vectors.
-
-
-@jit
-def column(x, k):
-    """Column k of x (ROWS, columns), as (ROWS, 1)."""
-    return tl.sum(tl.where(tl.arange(0, x.shape[1])[None, :] == k, x, 0), axis=1)[:, None]
 
 
 @jit
@@ -284,15 +280,15 @@ def sweep(D, residual, first, back, TILES: tl.constexpr, TILE_BITS: tl.constexpr
 @jit
 def substitute(z, triangle, r, j, step, ROWS: tl.constexpr, S: tl.constexpr,
                S_PADDED: tl.constexpr, LIMIT: tl.constexpr):
-    """Solve T c = z (ROWS, S_PADDED) from the last coefficient back; LIMIT: in levels (see solve),
+    """Solve U c = z (ROWS, S_PADDED) from the last coefficient back; LIMIT: in levels (see solve),
     rounded by adding 1.5 * 2^23, which leaves a float no room for a fraction."""
     for i in range(S):
         k = S - 1 - i
-        T = tl.load(triangle + (k * ROWS + r) * S_PADDED + j, mask=j <= k, other=0.0)
-        c = column(z * T, k)  # 1 / T[k, k] is what is stored there
+        U = tl.load(triangle + (k * ROWS + r) * S_PADDED + j, mask=j <= k, other=0.0)
+        c = tl.sum(tl.where(j == k, z * U, 0), axis=1)[:, None]  # 1 / U[k, k] is stored there
         if LIMIT > 0:
             c = tl.minimum(tl.maximum(c / step, -LIMIT), LIMIT) + 12582912.0 - 12582912.0
-        z = tl.where(j == k, c, z - T * (c * step))
+        z = tl.where(j == k, c, z - U * (c * step))
     return z
 
 
@@ -308,7 +304,7 @@ def omp_kernel(Y, D, D_half, scratch, sync, indices, coefficients, exponents, it
     r, m, j = tl.arange(0, ROWS)[:, None], tl.arange(0, M)[None, :], tl.arange(0, S_PADDED)[None, :]
     residual = scratch + tl.program_id(0).to(tl.int64) * SIZE  # the scratch of this program
     basis = residual + ROWS * M
-    triangle = basis + S * ROWS * M  # T of A = Q T, column k in row k; row S is z
+    triangle = basis + S * ROWS * M  # U of A = U^T Q, column k in row k; row S: Q y
     picks = triangle + (S + 1) * ROWS * S_PADDED
     for item in range(tl.program_id(0) // SPLIT, items, tl.num_programs(0) // SPLIT):
         dictionary, group = (item // groups).to(tl.int64), item % groups
@@ -346,7 +342,7 @@ def omp_kernel(Y, D, D_half, scratch, sync, indices, coefficients, exponents, it
                     tl.store(triangle + k * ROWS * S_PADDED + corner + i, p)
                 norm2 = tl.sum(atom * atom, axis=1)[:, None]
                 scale = tl.where(norm2 > 1e-8, 1 / tl.sqrt(tl.maximum(norm2, 1e-8)), 0.0)
-                tl.store(triangle + k * ROWS * S_PADDED + corner + k, scale)  # 1 / T[k, k]
+                tl.store(triangle + k * ROWS * S_PADDED + corner + k, scale)  # 1 / U[k, k]
                 # 3. The refit: take the new direction out of the residual.
                 q = atom * scale
                 tl.store(basis + k * ROWS * M + here, q)
@@ -379,13 +375,13 @@ def fits(D, Y, sparsity):
 
 @functools.lru_cache(None)
 def kernels_serve(device):
-    """Whether this GPU can run our kernels; if not, a line says why, once."""
+    """Whether this GPU can run our kernels; a line says why it cannot, once."""
     if os.environ.get("LEXICO_KERNELS") == "0":
         return False
     try:
         if torch.version.hip or torch.cuda.get_device_capability(device) < (8, 0):
             raise RuntimeError("the kernels need an NVIDIA GPU of compute capability 8.0")
-        if "triton" not in globals():
+        if triton is None:
             raise RuntimeError("Triton is not installed")
         torch.cuda._compile_kernel('extern "C" __global__ void nothing() {}', "nothing")
         return True
@@ -426,8 +422,8 @@ def omp_fused(D, Y, sparsity, bits=0):
     programs = min(items * split, 3 * processors, 2**26 // size)
     new = functools.partial(torch.empty, device=D.device)
     scratch = new(programs * size)
-    sync = items + L * B * sparsity if split > 1 else 1  # a counter an item, a winner a choice
-    sync = torch.zeros(sync, dtype=torch.int64, device=D.device)
+    # A counter for each item, and the winner of each choice.
+    sync = new(items + L * B * sparsity if split > 1 else 1, dtype=torch.int64).zero_()
     indices = new(L, B, sparsity, dtype=torch.int64)
     coefficients = new(L, B, sparsity, dtype=torch.int64 if bits else torch.float32)
     exponents = new(L, B, 1, dtype=torch.int64)
@@ -528,18 +524,17 @@ if __name__ == "__main__":  # the paper's comparison of coders, beam search adde
     text = find_file("tiny", "held-out.txt").read_text(encoding="utf-8")
     tokens = Tokenizer.from_pretrained("tiny").encode(text[:2000])[:256]
     model(torch.tensor([tokens], device=device), Record())
-    coders = {"omp": omp, "iht": iht, "lasso": lasso}
-    coders.update({f"beam {W}": lambda *a, W=W: omp_beam(*a, width=W) for W in (2, 4, 8)})
+    beams = {f"beam {W}": functools.partial(omp_beam, width=W) for W in (2, 4, 8)}
+    coders = {"omp": omp, **beams, "iht": iht, "lasso": lasso}
     for kind in ("keys", "values"):
         D, Y = atoms[kind][layer].to(device, torch.float32), Record.kv[layer][kind]
         print(f"{len(Y)} {kind} of layer {layer}, N = {len(D)}, m = {D.shape[1]}, on {device}")
         print("          " + "".join(f"   s = {s:2d}: error    ms" for s in (4, 8, 16)))
-        for name in ("omp", "beam 2", "beam 4", "beam 8", "iht", "lasso"):
+        for name, coder in coders.items():
             row = f"  {name:8}"
             for s in (4, 8, 16):
                 start = time.perf_counter()
-                codes = coders[name](D, Y, s)
-                error = relative_error(D, Y, *codes).mean().item()  # waits for the device
+                error = relative_error(D, Y, *coder(D, Y, s)).mean().item()  # waits for the device
                 row += f"          {error:.3f} {(time.perf_counter() - start) * 1e3:5.0f}"
             print(row)
 
