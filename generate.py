@@ -27,7 +27,7 @@ from model import (ANSWER, Chat, Config, InputError, Llama, Parser, Tokenizer, c
 def sample(logits, temperature, top_p, generator):
     """Next tokens (B,) from logits (B, vocab): the likeliest one at temperature 0; else drawn from
     the smallest set of tokens that holds top_p of the probability (Holtzman et al. 2020)."""
-    if temperature == 0:
+    if temperature < 1e-6:
         return logits.argmax(dim=-1)
     p, tokens = (logits.float() / temperature).softmax(dim=-1).sort(dim=-1, descending=True)
     p[p.cumsum(dim=-1) - p >= top_p] = 0  # what comes before a token alone reaches top_p
@@ -198,9 +198,10 @@ def read_prompt(args):
     """The prompt's text, from --prompt, --prompt-file or standard input ("-")."""
     text = args.prompt
     if "-" in (args.prompt, args.prompt_file):
-        text = read("standard input", lambda: sys.stdin.buffer.read().decode("utf-8"))
+        text = read("standard input", lambda: sys.stdin.buffer.read().decode("utf-8-sig"))
     elif args.prompt_file is not None:
-        text = read(f"--prompt-file {args.prompt_file}", Path(args.prompt_file).read_text, "utf-8")
+        path = Path(args.prompt_file)
+        text = read(f"--prompt-file {path}", path.read_text, "utf-8-sig")
     if not text.strip():
         raise InputError("the prompt is empty; give some text with --prompt or --prompt-file")
     return text
@@ -281,7 +282,13 @@ def parse_arguments():
     add("--json", metavar="FILE", help="write all figures there too")
     args = parser.parse_args()
     parser.check(args, max_new_tokens=(1, inf), batch=(1, 1 if args.chat else inf), top_p=(1e-6, 1),
-                 prompt_length=(0, inf), atoms=(1, 2**15), temperature=(0, inf))
+                 prompt_length=(0, inf), atoms=(1, 2**15), temperature=(0, inf), seed=(0, 2**63),
+                 buffer=(0, 2**24), window=(1, 2**24))
+    if args.chat and (args.json or args.compare):
+        parser.error("--chat goes with neither --json nor --compare")
+    out = Path(args.json or "new")
+    if out.exists() and not out.is_file() or not out.absolute().parent.is_dir():
+        parser.error(f"--json {out} cannot be written; name a file in a folder that exists")
     args.device, args.rank, args.ranks = world(args.device)
     return args
 

@@ -27,7 +27,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch.nn.attention.bias import causal_lower_right
 
 from model import Config, InputError, best_device, find_file
@@ -81,10 +81,10 @@ class Dictionaries:
         rungs = np.array(sorted({-(-m * i // 64) for i in (2, 3, 4, 6, 8, 11, 15, 20, 26)}))
         harm = np.exp(kl[:, :1] + slope * (rungs - low))  # (2 L, rungs)
         size = np.array([code_bytes(coding, s) for s in rungs])
+        if not size[0] <= 2 * m * share <= size[-1]:
+            raise InputError(f"--sparsity auto:{100 * share:g}% is outside {size[0] / (2 * m):.1%} "
+                             f".. {size[-1] / (2 * m):.1%}, what coding {coding} offers")
         left = (2 * m * share - size[0]) * len(harm)  # bytes
-        if left < 0:
-            raise InputError(f"--sparsity auto:{share:.0%} is less than the least possible, "
-                             f"{size[0] / (2 * m):.1%}")
         cost, rung = np.diff(size), np.zeros(len(harm), int)
         gain = -np.diff(harm) / cost  # for a byte; it falls from rung to rung
         for best in np.argsort(-gain, axis=None):
@@ -98,8 +98,8 @@ class Dictionaries:
         """Write one safetensors file, atoms in bfloat16; a reader never sees half a file."""
         keys, values = self.atoms.to(torch.bfloat16).contiguous()
         about = json.dumps({"shape": self.shape, **self.metadata})
-        save_file({"keys": keys, "values": values, "scale": self.scale.contiguous()},
-                  f"{path}.part", metadata={"format": FORMAT, "about": about})
+        tensors = {"keys": keys, "values": values, "scale": self.scale.contiguous()}
+        Path(f"{path}.part").write_bytes(save(tensors, {"format": FORMAT, "about": about}))
         os.replace(f"{path}.part", path)
 
     @classmethod
@@ -117,10 +117,14 @@ class Dictionaries:
                     raise InputError(f"'{path}' is not a dictionary of format {FORMAT}; "
                                      "give a file that train_dict.py wrote")
                 keys, values, scale = map(file.get_tensor, ("keys", "values", "scale"))
-        except (SafetensorError, OSError) as error:
+            about = json.loads(header["about"])
+            atoms, shape = torch.stack((keys, values)).to(dtype), about.pop("shape")
+            L, _, m = keys.shape
+            if (L, m) != (shape["n_layers"], shape["head_dim"]) or scale.shape != (2, L):
+                raise ValueError(f"shape {tuple(atoms.shape)}")
+        except (SafetensorError, OSError, KeyError, ValueError, RuntimeError) as error:
             raise InputError(f"dictionary '{path}' is damaged ({error}); learn it again") from None
-        about = json.loads(header["about"])
-        return cls(torch.stack((keys, values)).to(dtype), scale, about.pop("shape"), **about)
+        return cls(atoms, scale, shape, **about)
 
     @classmethod
     def random(cls, config, n_atoms, device):
@@ -194,7 +198,8 @@ class Codes:
                 self.parts[i][..., :old.shape[3], :] = old
 
     def write(self, rows, positions, x):
-        """Code vectors x (n, B, H, T, m) of the dictionaries `rows` as tokens `positions` (T,)."""
+        """Code vectors x (n, B, H, T, m) of the dictionaries `rows`, a slice, as tokens `positions`
+        (T,)."""
         D, scale = self.D[rows], self.scale[rows].view(-1, 1, 1, 1, 1)
         Y = (x / scale).flatten(1, 3)  # (n, B H T, m), float32
         if self.coding == "word":

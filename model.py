@@ -38,7 +38,7 @@ import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 
 
 class InputError(Exception):
@@ -68,6 +68,12 @@ def run_program(main):
             print(f"error: {error}", file=sys.stderr)
         else:
             time.sleep(10)  # rank 0 says it; then torchrun ends the others
+        sys.exit(2)
+    except RuntimeError as error:
+        if "allocate" not in str(error):  # that is how torch says it
+            raise
+        print("error: out of memory; ask for a shorter prompt, a smaller batch or buffer, or learn "
+              "from fewer tokens at a time", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)
@@ -151,7 +157,11 @@ class Config:
         generation = read_json(name_or_path, "generation_config.json", required=False)
         if generation.get("eos_token_id") is not None:  # a chat model's end of turn is only here
             hf["eos_token_id"] = generation["eos_token_id"]
-        return cls.from_hf(hf)
+        try:
+            return cls.from_hf(hf)
+        except (TypeError, AttributeError, ValueError, ZeroDivisionError) as error:
+            raise InputError(f"config.json of '{name_or_path}' is damaged ({error}); fetch it "
+                             "again") from None
 
     def to_hf(self):
         """The dict of this model's config.json."""
@@ -337,7 +347,7 @@ class Llama(nn.Module):
         folder.mkdir(parents=True, exist_ok=True)
         state = {name if name == "lm_head.weight" else f"model.{name}": parameter.detach().to(dtype)
                  for name, parameter in self.named_parameters()}
-        save_file(state, folder / "model.part", metadata={"format": "pt"})
+        (folder / "model.part").write_bytes(save(state, metadata={"format": "pt"}))
         os.replace(folder / "model.part", folder / "model.safetensors")
         (folder / "config.part").write_text(json.dumps(self.config.to_hf(), indent=2) + "\n")
         os.replace(folder / "config.part", folder / "config.json")
@@ -360,7 +370,7 @@ def world(device=None):
         if device.type == "cuda":  # kernels and graphs go to what is the current one
             device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", device.index or 0)))
             torch.cuda.set_device(device)
-        torch.empty(0, device=device)
+        torch.empty(1, device=device).cpu()
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]
         raise InputError(f"--device {device} cannot be used here ({reason})") from None
@@ -437,8 +447,8 @@ def read_json(name_or_path, filename, required=True):
     """What one JSON file of a model holds, {} if it may be absent and is."""
     path = find_file(name_or_path, filename, required)
     try:
-        return json.loads(path.read_text(encoding="utf-8")) if path else {}
-    except (ValueError, OSError) as error:
+        return dict(json.loads(path.read_text(encoding="utf-8"))) if path else {}
+    except (ValueError, TypeError, OSError) as error:
         raise InputError(f"{path} is not readable JSON ({error}); fetch it again") from None
 
 
@@ -627,7 +637,7 @@ class Chat:
         try:
             return environment.from_string(self.template).render(
                 messages=messages, add_generation_prompt=True, **self.variables)
-        except jinja2.TemplateError as error:
+        except Exception as error:  # a template can fail in any way
             raise InputError(f"the chat template of '{self.name}' does not take this conversation "
                              f"({error}); fix it, or do without a system prompt") from None
 

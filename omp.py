@@ -87,7 +87,7 @@ def code(D, Y, sparsity, width=1, tol=None, bits=0):
     if not 1 <= sparsity <= min(N, m) or width < 1:
         raise ValueError(f"sparsity {sparsity} is not within 1 .. {min(N, m)} (N = {N}, m = {m}), "
                          f"or width {width} is not at least 1")
-    D3, Y3 = D.reshape(-1, N, m), Y.reshape(-1, *Y.shape[-2:])
+    D3, Y3 = (x if x.dim() == 3 else x[None] for x in (D, Y))
     if len(D3) != len(Y3):
         raise ValueError(f"{len(D3)} dictionaries for {len(Y3)} batches of vectors")
     if width == 1 and tol is None and fits(D3, Y3, sparsity):

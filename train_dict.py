@@ -150,7 +150,8 @@ def read_text(path):
             return "".join(pyarrow.parquet.read_table(path)["text"].to_pylist()).encode()
         text = Path(path).read_text(encoding="utf-8")
         if Path(path).suffix == ".jsonl":
-            text = "\n\n".join(json.loads(line)["text"] for line in text.splitlines())
+            lines = [line for line in text.split("\n") if line.strip()]
+            text = "\n\n".join(json.loads(line)["text"] for line in lines)
         return text.encode()
     except (OSError, ImportError) as error:
         raise InputError(f"text '{path}': {error}; give a text or .jsonl file, or .parquet with "
@@ -158,7 +159,7 @@ def read_text(path):
     except UnicodeDecodeError:
         raise InputError(f"text '{path}' is not UTF-8; convert it first") from None
     except (ValueError, KeyError, TypeError):
-        raise InputError(f"text '{path}': not every line is JSON with a \"text\" field") from None
+        raise InputError(f"text '{path}': not every row has a \"text\"; mend it") from None
 
 
 class Learner:
@@ -275,7 +276,8 @@ def learn(args, model, tokenizer, settings):
     # Stored coefficients get head room: the largest one met becomes 64 of FP8's 448.
     return Dictionaries(
         D, (largest / 64).clamp(min=1e-8), model.config, model=str(args.model),
-        sparsity=args.sparsity, text=[Path(path).name for path in args.text], tokens=args.tokens,
+        sparsity=args.sparsity, text=[Path(path).name for path in args.text],
+        tokens=steps * count * row_length,
         key_errors=errors[0].tolist(), value_errors=errors[1].tolist(),
         divergence={"sparsity": sparsities, "kl": harm.tolist()})
 
@@ -284,9 +286,14 @@ def load_checkpoint(path, settings):
     """Step and state of a checkpoint. Raises InputError if there is none, or of other settings."""
     if not os.path.exists(path):
         raise InputError(f"--resume: there is no checkpoint {path}; start without --resume")
-    step, made_with, state = torch.load(path, map_location="cpu", mmap=True)
-    differing = [f"--{name} {value}" for name, value in made_with.items()
-                 if value != settings[name]]
+    try:
+        step, made_with, state = torch.load(path, map_location="cpu", mmap=True)
+        differing = [f"--{name} {value}" for name, value in made_with.items()
+                     if value != settings.get(name)]
+    except Exception as error:  # there are many ways to be no checkpoint
+        reason = f"{error} ".splitlines()[0].strip()
+        raise InputError(f"--resume: {path} is damaged ({reason}); start without --resume"
+                         ) from None
     if differing:
         raise InputError(f"--resume: {path} was made with {', '.join(differing)}; repeat that, or "
                          "start without --resume")
@@ -350,7 +357,8 @@ def main():
     parser.add_argument("--text", nargs="+", metavar="FILE",
                         help="text or .jsonl files; default: WikiText-103 from the Hub")
     parser.add_argument("--model", default="tiny", help='a folder, a Hub id, or "tiny" (default)')
-    parser.add_argument("--atoms", type=int, default=1024, help="atoms of a dictionary (1024)")
+    parser.add_argument("--atoms", type=int, default=1024, help="atoms of a dictionary (1024; with "
+                        "--fine-tune: as many as there are)")
     parser.add_argument("--sparsity", type=int, default=8, help="coefficients a vector (8)")
     parser.add_argument("--tokens", type=int, default=100_000, help="tokens to learn from (100000)")
     parser.add_argument("--batch", type=int, default=2048, help="tokens of a step (2048)")
@@ -365,11 +373,16 @@ def main():
     args, began = parser.parse_args(), time.time()
     config = Config.from_pretrained(args.model)
     parser.check(args, sparsity=(1, config.head_dim), atoms=(config.head_dim, 2**15),
-                 tokens=(1, math.inf), batch=(1, math.inf), fade=(0, 1))
+                 tokens=(1, math.inf), batch=(1, math.inf), fade=(0, 1), seed=(0, 2**32),
+                 checkpoint_seconds=(0, math.inf))
     args.out = args.out or Path(default_path(args.model))
     is_folder = args.out.suffix != ".safetensors"
-    if is_folder and args.out.exists():
+    if args.out.is_dir() or is_folder and args.out.exists():
         raise InputError(f"--out {args.out} exists; name a new folder, or a FILE.safetensors")
+    try:
+        args.out.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"--out {args.out}: {error.strerror}; name another place") from None
     args.text = args.text or wikitext()
     settings = {name: value for name, value in vars(args).items()
                 if name not in ("out", "resume", "checkpoint_seconds", "device")}

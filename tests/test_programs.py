@@ -95,19 +95,25 @@ REFUSED = {  # each command, and words of the line that says why
         "--model absent": "does not exist", "--model nobody/nothing": "nobody/nothing",
         "--model other": "python train_dict.py --model", "--model cut --dense": "damaged",
         f"--model other --dictionary {DICTIONARY}": "n_layers",
-        "--json no/o --max-new-tokens 1": "cannot be writ"},
+        "--json no/o --max-new-tokens 1": "cannot be writ", "--chat --json o": "--chat goes",
+        "--sparsity auto:90%": "outside 3.9% .. 41.4%", "--device meta": "--device meta",
+        "--window 0": "--window 0", "--seed -1": "--seed -1"},
     "train_dict.py": {
         "--text absent": "No such file", "--text latin": "not UTF-8",
         "--text long": "too little text", "--text long --sparsity 65": "--sparsity 65",
         "--text long --atoms 7": "--atoms 7",
         f"--text {HELD_OUT} --device abacus": "--device abacus",
-        f"--text {HELD_OUT} --resume --out d": "no checkpoint"}}
+        f"--text {HELD_OUT} --resume --out d": "no checkpoint",
+        f"--text {HELD_OUT} --resume --out cut": "cut exists",
+        "--text long --out latin/d.safetensors": "name another place",
+        f"--text {HELD_OUT} --resume --out r.safetensors": "is damaged"}}
 
 
 def test_bad_input_gets_one_line_and_exit_code_2(learned, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     for name, data in (("latin", b"caf\xe9"), ("long", b"word " * 3000),
+                       ("r.safetensors.checkpoint", b"no checkpoint"),
                        ("short", DICTIONARY.read_bytes()[:-100])):
         Path(name).write_bytes(data)
     for folder in ("other", "cut"):
