@@ -99,7 +99,8 @@ def code(D, Y, sparsity, width=1, tol=None, bits=0):
             found = (pursue_beam(D3, piece, sparsity, width) if width > 1 else
                      pursue(D3, piece, sparsity, tol))
             parts.append(solve(D3, *found, bits))
-    return tuple(torch.cat(part, dim=1).view(*Y.shape[:-1], -1) for part in zip(*parts))
+    return tuple(torch.cat(part, dim=1).view(*Y.shape[:-1], part[0].shape[-1])
+                 for part in zip(*parts))
 
 
 def argmax_rows(x):

@@ -103,3 +103,4 @@ def test_shapes_and_sparsities_that_do_not_fit_are_refused(D, Y, sparsity):
         omp(torch.randn(D), torch.randn(Y), sparsity)
     with pytest.raises(ValueError, match="width 0"):
         omp_beam(dictionary(8, 4), torch.randn(3, 4), 2, width=0)
+    assert [len(part) for part in omp(dictionary(8, 4), torch.empty(0, 4), 2)] == [0, 0]
