@@ -286,8 +286,8 @@ def parse_arguments():
                  buffer=(0, 2**24), window=(1, 2**24))
     if args.chat and (args.json or args.compare):
         parser.error("--chat goes with neither --json nor --compare")
-    out = Path(args.json or "new")
-    if out.exists() and not out.is_file() or not out.absolute().parent.is_dir():
+    out = args.json and Path(args.json)
+    if out and (out.exists() and not out.is_file() or not out.absolute().parent.is_dir()):
         parser.error(f"--json {out} cannot be written; name a file in a folder that exists")
     args.device, args.rank, args.ranks = world(args.device)
     return args
