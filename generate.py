@@ -27,7 +27,7 @@ from model import (ANSWER, Chat, Config, InputError, Llama, Parser, Tokenizer, c
 def sample(logits, temperature, top_p, generator):
     """Next tokens (B,) from logits (B, vocab): the likeliest one at temperature 0; else drawn from
     the smallest set of tokens that holds top_p of the probability (Holtzman et al. 2020)."""
-    if temperature < 1e-6:
+    if temperature < 1e-6:  # logits divided by less may overflow
         return logits.argmax(dim=-1)
     p, tokens = (logits.float() / temperature).softmax(dim=-1).sort(dim=-1, descending=True)
     p[p.cumsum(dim=-1) - p >= top_p] = 0  # what comes before a token alone reaches top_p
@@ -94,7 +94,7 @@ def generate(model, cache, prompt, count, choose, record=False, ends=()):
         memory (see peak_memory).
 
     The first one's forward pass is the prompt's. choose(logits) gives the next tokens (B,).
-    record: whether steps become CUDA graphs; the cache must have room for all tokens, then.
+    record: whether steps become CUDA graphs: then the cache must have room for all tokens.
     """
     peak_memory(prompt.device)  # counts from here
     token, sparse = prompt[:, -1:].clone(), isinstance(cache, SparseCache)  # (B, 1): a step's input

@@ -177,7 +177,8 @@ class Codes:
              exponent, 3 of mantissa) in units of the dictionary's scale. What is larger than
              E4M3's largest number, 448, becomes that, not NaN.
     word     2 s + 1 bytes: s words of 16 bits, the index in the upper bits, in the rest a signed
-             level; and a byte e. A coefficient is level x 2^(e/16 - 8) in units of the scale.
+             level, and beside them a byte e. A coefficient is level x 2^(e/16 - 8) in units of the
+             scale.
     float32  6 s bytes: coefficients as they are, to see sparsity alone.
 
     D: (n, N, m) atoms. scale: (n,), what a coefficient of 1 stands for.
@@ -289,7 +290,7 @@ def add_over_codes(w, p, indices, coefficients):
 #
 # This one is CUDA C++, for Triton knows no look-ups in shared memory; torch compiles it when it is
 # first called. Constants in capitals come from attend_codes. GP is G, rounded up to a power of 2.
-# `Few` is aligned so that a thread reads it in pieces of up to 16 bytes, the next token's code
+# `Array` is aligned so that a thread reads it in pieces of up to 16 bytes, the next token's code
 # while it works at this one's. Coefficients become floats without a conversion: E4M3's bits move to
 # their places in a float, which is 2^120 too small then; a level's bits become the last ones of a
 # float 2^23 + LARGEST + level.
@@ -298,19 +299,31 @@ CODES = r"""
 typedef unsigned char u8;
 typedef unsigned short u16;
 typedef unsigned int u32;
-__device__ float to_float(u16 h) { float x; asm("cvt.f32.f16 %0, %1;":"=f"(x):"h"(h)); return x; }
-__device__ u16 to_half(float x) { u16 y; asm("cvt.rn.f16.f32 %0, %1;":"=h"(y):"f"(x)); return y; }
-__device__ float power(float x) { asm("ex2.approx.ftz.f32 %0, %0;" : "+f"(x)); return x; }
+__device__ float to_float(u16 half) {
+  float x;
+  asm("cvt.f32.f16 %0, %1;" : "=f"(x) : "h"(half));
+  return x;
+}
+__device__ u16 to_half(float x) {
+  u16 half;
+  asm("cvt.rn.f16.f32 %0, %1;" : "=h"(half) : "f"(x));
+  return half;
+}
+__device__ float power(float x) {                        // 2^x
+  asm("ex2.approx.ftz.f32 %0, %0;" : "+f"(x));
+  return x;
+}
 __device__ float scale(u8 e) { return BITS ? power(e / 16.0f - 8) : 1; }
 __device__ constexpr int piece(int bytes) { return bytes % 16 ? bytes & -bytes : 16; }
-template <class T, int COUNT> struct __align__(piece(sizeof(T) * COUNT)) Few { T at[COUNT]; };
-typedef Few<u16, GP> Products;
-typedef Few<float, GP> Scores;
+template <class T, int COUNT> struct __align__(piece(sizeof(T) * COUNT)) Array { T at[COUNT]; };
+typedef Array<u16, GP> Products;
+typedef Array<float, GP> Scores;
 template <int S> struct Code {
-  Few<u16, S> first;
-  Few<u8, BITS ? 1 : S> second;
+  Array<u16, S> first;
+  Array<u8, BITS ? 1 : S> second;
   __device__ Code(const u16* firsts, const u8* seconds, size_t token)
-      : first(((Few<u16, S>*)firsts)[token]), second(((Few<u8, BITS ? 1 : S>*)seconds)[token]) {}
+      : first(((Array<u16, S>*)firsts)[token]),
+        second(((Array<u8, BITS ? 1 : S>*)seconds)[token]) {}
   __device__ int atom(int j) { return first.at[j] >> BITS; }
   __device__ float coefficient(int j) {
     int level = first.at[j] & (2 * LARGEST - 1), e4m3 = (second.at[BITS ? 0 : j] << 24) >> 4;
@@ -352,13 +365,13 @@ extern "C" __global__ void __launch_bounds__(1024) codes(
   size_t token = (size_t)head * capacity + begin;        // the first of the chunk
   Code<S_K> key(k_first, k_second, token + min(thread, count - 1));
   for (int i = thread; i < N / 2; i += 1024) {           // two atoms
-    Few<u16, 2 * GP> pair;
+    Array<u16, 2 * GP> pair;
     for (int g = 0; g < G; g++) {
       u32 x = ((u32*)products)[(head * G + g) * (N / 2) + i];
       pair.at[g] = x;
       pair.at[GP + g] = x >> 16;
     }
-    ((Few<u16, 2 * GP>*)table)[i] = pair;
+    ((Array<u16, 2 * GP>*)table)[i] = pair;
   }
   __syncthreads();
   float top[GP], sums[2 * GP] = {};                      // sums of weights, then times scales
@@ -396,7 +409,7 @@ extern "C" __global__ void __launch_bounds__(1024) codes(
   for (int t = first; t < count; t += step) {            // the values' table
     Code<S_V> code = value;
     value = Code<S_V>(v_first, v_second, token + min(t + step, count - 1));
-    Few<float, EACH> weight = ((Few<float, EACH>*)scores)[t * LANES + lane];
+    Array<float, EACH> weight = ((Array<float, EACH>*)scores)[t * LANES + lane];
     for (int k = 0; k < EACH; k++) weight.at[k] *= units[k];
     for (int j = 0; j < S_V; j++)
       for (int k = 0; k < EACH; k++)
@@ -407,7 +420,7 @@ extern "C" __global__ void __launch_bounds__(1024) codes(
   size_t chunk = (size_t)head * G * CHUNKS + blockIdx.x;  // of the first head
   for (int k = 0; k < EACH; k++)
     for (int i = thread; i < N / 2; i += 1024) {         // 2^30 leaves as 2^15, in half precision
-      Few<int, 2 * LANES> pair = ((Few<int, 2 * LANES>*)values)[k * (N / 2) + i];
+      Array<int, 2 * LANES> pair = ((Array<int, 2 * LANES>*)values)[k * (N / 2) + i];
       for (int g = k, l = 0; g < G; g += EACH, l++)
         ((u32*)tables)[(chunk + g * CHUNKS) * (N / 2) + i] =
             to_half(pair.at[l] / 32768.0f) | to_half(pair.at[LANES + l] / 32768.0f) << 16;
