@@ -4,14 +4,15 @@
 
 A line for each token: the time of its forward pass, the time of coding, and the bytes of the cache
 beside those of a dense one in 16 bits. --dense runs the usual cache, --compare runs both, --chat
-holds a conversation over one cache.
-"""
+holds a conversation over one cache."""
 
+import functools
+import importlib.util
 import json
-import os
-import resource
+import re
 import sys
 import time
+from contextlib import nullcontext
 from math import inf
 from pathlib import Path
 from statistics import fmean
@@ -19,10 +20,14 @@ from statistics import fmean
 import torch
 import torch.nn.functional as F
 
+from kernels.graphs import Recorded
+from kernels.parallel import from_rank_0, parallelize, world
 from lexico import CODINGS, DenseCache, Dictionaries, SparseCache
-from model import (ANSWER, Chat, Config, InputError, Llama, Parser, Tokenizer, compile_layers,
-                   parallelize, run_program, world)
+from model import (InputError, Llama, Parser, Tokenizer, between, compile_layers, door, find_folder,
+                   output_file, plain_text, run_program)
+from omp import omp, omp_beam
 
+# ---- Decoding ------------------------------------------------------------------------------------
 
 def sample(logits, temperature, top_p, generator):
     """Next tokens (B,) from logits (B, vocab): the likeliest one at temperature 0; else drawn from
@@ -34,12 +39,10 @@ def sample(logits, temperature, top_p, generator):
     choice = torch.multinomial(p.cpu(), 1, generator=generator).to(tokens.device)
     return tokens.gather(-1, choice)[:, 0]
 
-
 def sampler(args):
     """A function for generate, logits -> tokens, that repeats itself with every new one."""
     generator = torch.Generator().manual_seed(args.seed)
     return lambda logits: sample(logits, args.temperature, args.top_p, generator)
-
 
 def clock(device):
     """Seconds, once the device has done what it was given."""
@@ -47,43 +50,21 @@ def clock(device):
         torch.cuda.synchronize(device)
     return time.perf_counter()
 
-
-class Recorded:
-    """A function without arguments that becomes a CUDA graph with its third call.
-
-    A decoding step is hundreds of kernels, most of them over before Python has launched the next. A
-    graph launches them all at once, at the same addresses. Before that the function runs twice as
-    it is: kernels compile, libraries find their memory. count() does for a replay what Python did
-    beside launching.
-    """
-
-    def __init__(self, function, count, record):
-        self.function, self.count, self.record = function, count, record
-        self.calls, self.graph = 0, None
-
-    def __call__(self):
-        self.calls += 1
-        if not self.record or self.calls <= 2:
-            return self.function()
-        if self.graph is None:
-            self.graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(self.graph):  # nothing runs, but Python counts
-                self.out = self.function()
-        else:
-            self.count()
-        self.graph.replay()
-        return self.out
-
-
 def peak_memory(device):
-    """Bytes that were in use at most: on a GPU since the last call, else by the process so far."""
+    """Bytes in use at most since the last call: on a GPU of tensors, else of the process (on Linux;
+    elsewhere since it began)."""
     if device.type == "cuda":
         peak = torch.cuda.max_memory_allocated(device)
         torch.cuda.reset_peak_memory_stats(device)
         return peak
-    unit = 1 if sys.platform == "darwin" else 1024  # of ru_maxrss
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-
+    try:
+        peak = re.search(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())[1]
+        Path("/proc/self/clear_refs").write_text("5")  # the peak counts from here
+        return 1024 * int(peak)
+    except OSError:
+        import resource  # which Windows has not
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (
+            1 if sys.platform == "darwin" else 1024)
 
 @torch.inference_mode()
 def generate(model, cache, prompt, count, choose, record=False, ends=()):
@@ -93,53 +74,43 @@ def generate(model, cache, prompt, count, choose, record=False, ends=()):
         tokens (B,), logits (B, vocab), forward and coding in seconds, bytes (the cache's nbytes),
         memory (see peak_memory).
 
-    The first one's forward pass is the prompt's. choose(logits) gives the next tokens (B,).
-    record: whether steps become CUDA graphs: then the cache must have room for all tokens.
-    """
-    peak_memory(prompt.device)  # counts from here
-    token, sparse = prompt[:, -1:].clone(), isinstance(cache, SparseCache)  # (B, 1): a step's input
-    step = Recorded(lambda: model(token, cache, last_only=True)[:, -1], lambda: cache.count(1),
-                    record)
-    code = Recorded(lambda: cache.compress(), lambda: cache.count(0, cache.window), record)
+    The first one's forward pass is the prompt's, which goes in one piece: it attends exactly, and
+    one layer's activations bound the memory that it takes. choose(logits) gives the next tokens
+    (B,). record: whether steps become CUDA graphs: then the cache must have room for all tokens."""
+    device, sparse = prompt.device, isinstance(cache, SparseCache)
+    token = prompt[:, -1:].clone()  # (B, 1): a step's input
+    may_record = lambda: record and cache.replayable
+    step = Recorded(lambda: model(token, cache, last_only=True)[:, -1],
+                    lambda: cache.advance(1, replayed=True), may_record)
+    code = Recorded(lambda: cache.compress(),
+                    lambda: cache.advance(compressed=cache.window, replayed=True), may_record)
+    peak_memory(device)  # counts from here
     for i in range(count):
-        start = clock(prompt.device)
+        start = clock(device)
         logits = step() if i else model(prompt, cache, last_only=True)[:, -1]
+        if i == 0 and not logits.isfinite().all():
+            raise InputError(f"the model's output is no finite number in {str(logits.dtype)[6:]}; "
+                             "try --dtype float32, or other weights")
         token.copy_(choose(logits)[:, None])
-        middle = clock(prompt.device)
+        middle = clock(device)
         if sparse and cache.full:
             code()
-        end = clock(prompt.device)
         yield {"tokens": token[:, 0].clone(), "logits": logits.clone(), "forward": middle - start,
-               "coding": end - middle, "bytes": cache.nbytes(),
-               "memory": peak_memory(prompt.device)}
+               "coding": clock(device) - middle, "bytes": cache.nbytes(),
+               "memory": peak_memory(device)}
         if token[0].item() in ends:
             return
 
-
-def show_progress(model, quiet):
-    """Unless quiet, a bar on stderr while the next tokens pass, should that take over two seconds.
-
-    A prompt of any length passes in one go, so that it attends exactly: the activations of one
-    layer bound the memory that it takes beside the cache.
-    """
-    n, device = len(model.layers), model.norm.weight.device
-
-    def passed(layer, inputs, output):
-        done = layer.self_attn.layer + 1
-        if clock(device) - start > 2:
-            print(f"\r[{'#' * (30 * done // n):30}] layer {done} of {n}", end="\n" * (done == n),
-                  file=sys.stderr, flush=True)
-        hooks.pop(0).remove()
-
-    hooks = [layer.register_forward_hook(passed) for layer in model.layers if not quiet]
-    start = clock(device)
-
+# ---- What a run took -----------------------------------------------------------------------------
 
 def size(nbytes):
     """Bytes, as one reads them."""
     power = min(3, (len(str(int(nbytes))) - 1) // 3)
     return f"{nbytes / 1000**power:.{min(power, 1)}f} {('B', 'kB', 'MB', 'GB')[power]}"
 
+def shares(cache):
+    """What a cache (its nbytes) takes of a dense 16-bit one, and its codes of a 16-bit vector."""
+    return (cache["total"] / cache["dense"], cache["vector"]) if "vector" in cache else (1.0, 1.0)
 
 def summary(steps, ended, prompt):
     """What a run took: a dict of plain numbers, in seconds and bytes."""
@@ -153,23 +124,22 @@ def summary(steps, ended, prompt):
             "cache": steps[-1]["bytes"], "prefill_memory": steps[0]["memory"],
             "peak_memory": max(step["memory"] for step in steps[1:] or steps)}
 
-
 def describe(name, s):
     """A summary, as one reads it."""
-    cache = s["cache"]
-    parts = [f", {part} {size(cache[part])}" for part in ("codes", "buffer") if part in cache]
-    constant = ("\n  constant  dictionaries "
-                f"{size(cache['dictionaries'])}, whatever context and batch") if parts else ""
+    cache, (whole, vector) = s["cache"], shares(s["cache"])
+    parts = constant = ""
+    if "codes" in cache:
+        parts = (f", codes {size(cache['codes'])}, buffer {size(cache['buffer'])}: {whole:.1%} of a "
+                 f"dense 16-bit cache ({size(cache['dense'])}), a coded vector {vector:.1%} of one")
+        constant = f", with {size(cache['dictionaries'])} of dictionaries, the same for any context"
     return (f"{name}: {s['prompt_tokens']} + {s['new_tokens']} tokens, {s['ended']}\n"
             f"  time      prefill {1e3 * s['prefill']:.1f} ms, then {1e3 * s['mean']:.2f} ms a "
             f"token (median {1e3 * s['median']:.2f}, 95 % within {1e3 * s['p95']:.2f}), "
             f"{s['tokens_per_second']:.1f} tokens/s\n"
-            f"  cache     {size(cache['total'])}{''.join(parts)}: "
-            f"{cache['total'] / cache['dense']:.1%} of a dense 16-bit cache "
-            f"({size(cache['dense'])}){constant}\n"
+            f"  cache     {size(cache['total'])}{parts}\n"
+            f"  allocated {size(cache['allocated'])}{constant}\n"
             f"  memory    at most {size(s['prefill_memory'])} in use for the prompt, then "
             f"{size(s['peak_memory'])}")
-
 
 def agreement(sparse, dense, forced):
     """How far two runs agree, and how far along the dense one's text, which forced was given."""
@@ -181,45 +151,63 @@ def agreement(sparse, dense, forced):
         top1.append((p.argmax(-1) == q.argmax(-1)).float().mean().item())
     return {"shared_tokens": same.index(False), "top1": fmean(top1), "kl": fmean(kl)}
 
+# ---- Chat ----------------------------------------------------------------------------------------
 
-def read(name, function, *args):
-    """The text that function(*args) reads from what is called name; "" at its end."""
-    try:
-        return function(*args)
-    except EOFError:
-        return ""
-    except UnicodeDecodeError:
-        raise InputError(f"{name} is not UTF-8; convert it") from None
-    except OSError as error:
-        raise InputError(f"{name}: {error.strerror}; name a text file") from None
+ANSWER = "An <answer> & \"its\" 'end' \\"  # stands for an answer: what escapes it, changes it
 
+class Chat:
+    """A model's chat template, as transformers renders it: the tokens that come before each answer.
+    Only the template writes special tokens: those that a user types are taken out."""
 
-def read_prompt(args):
-    """The prompt's text, from --prompt, --prompt-file or standard input ("-")."""
-    text = args.prompt
-    if "-" in (args.prompt, args.prompt_file):
-        text = read("standard input", lambda: sys.stdin.buffer.read().decode("utf-8-sig"))
-    elif args.prompt_file is not None:
-        path = Path(args.prompt_file)
-        text = read(f"--prompt-file {path}", path.read_text, "utf-8-sig")
-    if not text.strip():
-        raise InputError("the prompt is empty; give some text with --prompt or --prompt-file")
-    return text
+    def __init__(self, name_or_path, tokenizer):
+        with door("--chat needs more packages", "pip install transformers jinja2"):
+            import jinja2, transformers  # noqa: E401, F401
+        transformers.logging.set_verbosity_error()
+        with door(f"the tokenizer of '{name_or_path}' does not load in transformers", "fetch it again"):
+            self.hf = transformers.PreTrainedTokenizerFast.from_pretrained(find_folder(name_or_path))
+        if not self.hf.chat_template:
+            raise InputError(f"model '{name_or_path}' has no chat template; use its instruct "
+                             "version, or --prompt")
+        self.name, self.tokenizer = name_or_path, tokenizer
+        longest_first = sorted(tokenizer.special, key=len, reverse=True)
+        self.special = re.compile("|".join(map(re.escape, longest_first)) or "(?!)")
 
+    def message(self, role, text):
+        while self.special.search(text):  # what surrounds one may, without it, form another
+            text = self.special.sub("", text)
+        return {"role": role, "content": text}
+
+    def new_tokens(self, messages):
+        """Ids of what comes after the last answer (its end of turn is first), or of all. An answer
+        is a message that says ANSWER: its tokens have passed the model, and need no text again."""
+        with door(f"the chat template of '{self.name}' does not take this conversation",
+                  "fix it, or do without a system prompt"):
+            text = self.hf.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        if text.count(ANSWER) != sum(message["content"] == ANSWER for message in messages):
+            raise InputError(f"the chat template of '{self.name}' hides or rewrites earlier answers, "
+                             "which are in the cache as they were; ask each question in a new chat")
+        return self.tokenizer.encode(text.rpartition(ANSWER)[2], bos=False, special=True)
+
+def read_turn(prompt):
+    """A line of standard input; "" at its end."""
+    with door("standard input cannot be read", "type or pipe UTF-8 text"):
+        try:
+            return plain_text(input(prompt)).strip()
+        except EOFError:
+            return ""
 
 def chat(args, model, tokenizer, cache):
-    """A conversation over one cache, a line of standard input a turn.
-
-    What was said is in the cache and never passes the model again: a turn feeds what comes after
-    the last answer, in the template's words.
-    """
+    """A conversation over one cache, a line of standard input a turn. What was said is in the cache
+    and never passes the model again: a turn feeds what comes after the last answer."""
     template, config, choose = Chat(args.model, tokenizer), model.config, sampler(args)
-    ends = {*config.eos_ids, tokenizer.special.get("<|eot_id|>")}
+    ends = {*config.eos_ids, template.hf.eos_token_id, tokenizer.special.get("<|eot_id|>")}
     messages = [template.message("system", args.system)] if args.system else []
     unfed = []  # a token that was sampled but has not passed the model
-    while text := read("standard input", input, "" if args.quiet else "> ").strip():
+    prompt_sign = "> " if sys.stdin and sys.stdin.isatty() and not args.quiet else ""
+    while text := from_rank_0(lambda: read_turn(prompt_sign)):
         asked = [*messages, template.message("user", text)]
         new = unfed + template.new_tokens(asked)
+        tokenizer.check(new, config)
         room = config.context - cache.length - len(new)
         if room < 0:
             print(f"error: {len(new)} new tokens do not fit: {cache.length} of the context's "
@@ -228,7 +216,6 @@ def chat(args, model, tokenizer, cache):
         messages = [*asked, {"role": "assistant", "content": ANSWER}]
         stream, seconds = tokenizer.stream(), []
         prompt, count = torch.tensor([new], device=args.device), min(args.max_new_tokens, room + 1)
-        show_progress(model, args.quiet)
         for step in generate(model, cache, prompt, count, choose, ends=ends):
             seconds.append(step["forward"] + step["coding"])
             token = step["tokens"].item()
@@ -239,40 +226,56 @@ def chat(args, model, tokenizer, cache):
             print(f"[{len(new)} + {len(seconds)} tokens, {1e3 * fmean(seconds[1:] or [0]):.2f} ms "
                   f"a token, cache {size(step['bytes']['total'])}]")
 
+# ---- The command ---------------------------------------------------------------------------------
 
 def read_sparsity(text):
     """A number of coefficients, or "auto:20%" as a share."""
-    try:
-        return float(text[5:-1]) / 100 if text[:5] == "auto:" and text[-1] == "%" else int(text)
-    except ValueError:
-        raise InputError(f"--sparsity {text} is neither a number nor like auto:20%") from None
+    return float(text[5:-1]) / 100 if text[:5] == "auto:" and text[-1] == "%" else int(text)
 
+def read_pursuit(text):
+    """The function that "my_file.py:my_function" names."""
+    path, _, name = text.rpartition(":")
+    with door(f"--pursuit {text} cannot be loaded", "give FILE.py:FUNCTION"):
+        spec = importlib.util.spec_from_file_location("pursuit", path)
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        return getattr(module, name)
+
+def read_prompt(args):
+    """The prompt's text, from --prompt, --prompt-file or standard input ("-")."""
+    text, source = args.prompt, args.prompt_file or ("-" if args.prompt == "-" else None)
+    if source:
+        with door(f"the prompt from {source} cannot be read", "name a file of UTF-8 text"):
+            text = (sys.stdin.buffer.read() if source == "-" else
+                    Path(source).expanduser().read_bytes()).decode()
+    if not text.strip():
+        raise InputError("the prompt is empty; give some text with --prompt or --prompt-file")
+    return plain_text(text)
 
 def parse_arguments():
-    parser = Parser(description=__doc__.partition("\n")[0])
-    add = parser.add_argument
-    either = parser.add_mutually_exclusive_group().add_argument
+    parser = Parser(description=__doc__.partition("\n")[0], allow_abbrev=False)
+    add, number = parser.add_argument, between
     add("--prompt", default="Once upon a time", help='the text to go on from; "-": standard input')
-    add("--prompt-file", help='a UTF-8 text file instead; "-": standard input')
-    either("--chat", action="store_true", help="converse, a line a turn, until an empty one")
-    add("--system", help="the system prompt of --chat")
+    add("--prompt-file", metavar="FILE", help='a UTF-8 text file instead; "-": standard input')
+    add("--chat", action="store_true", help="converse, a line a turn, until an empty one")
+    add("--system", metavar="TEXT", help="the system prompt of --chat")
     add("--model", default="tiny", help='a folder, a Hub id, or "tiny" (default)')
-    add("--dictionary", help="a file, a folder or a Hub id; default: the one known for the model")
+    add("--dictionary", help="a file, a folder or a Hub id; default: the one of the model's folder")
     add("--sparsity", default="auto:20%", type=read_sparsity, help="coefficients a vector, or "
         "(default) auto:20%%: those that serve best in 20%% of a vector's 16-bit size on average")
-    add("--buffer", type=int, default=32, help="newest tokens kept dense (default 32)")
-    add("--window", type=int, default=16, help="tokens coded at a time (default 16)")
-    add("--beam", type=int, default=1, help="width of the search (default 1: plain OMP)")
-    add("--coding", choices=CODINGS, default="word", help="how codes are stored (default word)")
-    add("--max-new-tokens", type=int, default=200)
-    add("--batch", type=int, default=1, help="copies of the prompt, decoded together (default 1)")
-    add("--prompt-length", type=int, default=0, metavar="N", help="N random tokens as a prompt")
-    either("--random-weights", action="store_true", help="to measure; --model: any config.json")
-    add("--atoms", type=int, default=4096, help="atoms of random dictionaries (default 4096)")
+    add("--buffer", type=number(int, 0, 2**24), default=32, help="newest tokens kept dense (32)")
+    add("--window", type=number(int, 1, 2**24), default=16, help="tokens coded at a time (16)")
+    add("--sinks", type=number(int, 0, 2**24), default=0, help="first tokens kept dense (0)")
+    add("--coding", choices=CODINGS, default="word", help="how codes are stored (word)")
+    add("--beam", type=number(int, 1, 64), default=1, help="width of the search (1: plain OMP)")
+    add("--pursuit", type=read_pursuit, metavar="FILE.py:FUNCTION", default=omp, help="your own "
+        "search: (D, Y, sparsity) -> indices, coefficients, for D (N, m) and Y (B, m)")
+    add("--max-new-tokens", type=number(int, 1, inf), default=200)
+    add("--batch", type=number(int, 1, 2**31), default=1, help="copies of the prompt, together (1)")
     add("--compile", action="store_true", help="torch.compile the layers (some seconds at first)")
-    add("--temperature", type=float, default=0.0, help="0 (default): always the likeliest token")
-    add("--top-p", type=float, default=1.0)
-    add("--seed", type=int, default=0)
+    add("--temperature", type=number(float, 0, inf), default=0.0, help="0 (default): the likeliest")
+    add("--top-p", type=number(float, 1e-6, 1), default=1.0)
+    add("--seed", type=number(int, 0, 2**63), default=0)
     add("--device", help="default: the best there is")
     add("--dtype", choices=("float32", "bfloat16", "float16"),
         help="default: float32 on a CPU, else that of the weights")
@@ -281,136 +284,118 @@ def parse_arguments():
     add("--quiet", action="store_true", help="print the text and nothing else")
     add("--json", metavar="FILE", help="write all figures there too")
     args = parser.parse_args()
-    parser.check(args, max_new_tokens=(1, inf), batch=(1, 1 if args.chat else inf), top_p=(1e-6, 1),
-                 prompt_length=(0, inf), atoms=(1, 2**15), temperature=(0, inf), seed=(0, 2**63),
-                 buffer=(0, 2**24), window=(1, 2**24))
-    if args.chat and (args.json or args.compare):
-        parser.error("--chat goes with neither --json nor --compare")
-    out = args.json and Path(args.json)
-    if out and (out.exists() and not out.is_file() or not out.absolute().parent.is_dir()):
-        parser.error(f"--json {out} cannot be written; name a file in a folder that exists")
+    parser.refuse("--dense", "--dictionary", "--sparsity", "--buffer", "--window", "--sinks",
+                  "--coding", "--beam", "--pursuit", "--compare")
+    parser.refuse("--chat", "--prompt", "--prompt-file", "--batch", "--compare", "--json")
+    parser.refuse("--prompt", "--prompt-file")
+    parser.refuse("--beam", "--pursuit")
+    if args.system and not args.chat:
+        parser.error("--system goes with --chat alone")
+    if args.beam > 1:
+        args.pursuit = functools.partial(omp_beam, width=args.beam)
     args.device, args.rank, args.ranks = world(args.device)
     return args
 
-
 def load(args):
-    """Model, tokenizer, dictionaries (None with --dense), prompt (B, T)."""
-    config, device, dictionaries = Config.from_pretrained(args.model), args.device, None
-    dtype = args.dtype or ("float32" if device.type == "cpu" else None)
-    dtype = dtype and getattr(torch, dtype)
-    torch.manual_seed(args.seed)
+    """Model, tokenizer, dictionaries (None with --dense), and a line about the cache."""
+    dtype = getattr(torch, args.dtype or "float32")
+    dtype = dtype if args.dtype or args.device.type == "cpu" else None
+    model = Llama.from_pretrained(args.model, args.device if args.ranks == 1 else "cpu", dtype)
+    dictionaries, line = None, "the usual cache: keys and values as they are"
     if not args.dense:
-        if args.random_weights:
-            dictionaries = Dictionaries.random(config, args.atoms, device)
-        else:
-            path = args.dictionary or Dictionaries.find(args.model)
-            dictionaries = Dictionaries.load(path, device).check(config)
-        if device.type == "cuda":  # as in the file; the kernels multiply it so
+        path, asked = args.dictionary or Dictionaries.find(args.model), args.sparsity
+        dictionaries = Dictionaries.load(path, args.device).check(model.config)
+        if args.device.type == "cuda":  # as in the file; the kernels multiply it so
             dictionaries.atoms = dictionaries.atoms.bfloat16()
-        if isinstance(args.sparsity, float):
-            args.sparsity = dictionaries.allocate(args.sparsity, args.coding)
-    if args.random_weights:
-        args.prompt_length = args.prompt_length or 512
-        model = Llama.random(config, device, dtype or torch.bfloat16, args.rank, args.ranks)
-        tokenizer = Tokenizer(None, {}, {}, None)  # knows no word
-    else:
-        model = Llama.from_pretrained(args.model, device if args.ranks == 1 else "cpu", dtype)
-        model = parallelize(model, args.rank, args.ranks).to(device)
-        tokenizer = Tokenizer.from_pretrained(args.model)
-    if args.prompt_length:
-        prompt = torch.randint(config.vocab_size, (args.batch, args.prompt_length)).to(device)
-    else:
-        prompt = torch.tensor([tokenizer.encode(read_prompt(args))] * args.batch, device=device)
-    if prompt.shape[1] > config.context:
-        raise InputError(f"the prompt has {prompt.shape[1]} tokens, more than the model's context "
-                         f"of {config.context}; shorten it")
-    return model, tokenizer, dictionaries, prompt
-
+        if isinstance(asked, float):
+            args.sparsity, asked = dictionaries.allocate(asked, args.coding), f"auto:{asked:.0%}"
+        line = (f"dictionary {path}: N = {dictionaries.atoms.shape[2]}, coding {args.coding}, "
+                f"sparsity {asked}; the newest {args.buffer} to {args.buffer + args.window} tokens "
+                f"stay dense, {args.window} at a time become codes")
+    model = parallelize(model, args.rank, args.ranks).to(args.device)
+    return model, Tokenizer.from_pretrained(args.model), dictionaries, line
 
 def main():
     args = parse_arguments()
-    model, tokenizer, dictionaries, prompt = load(args)
-    config, name = model.config, "dense" if args.dense else "sparse"
-    if args.compile:
-        compile_layers()
-    count = min(args.max_new_tokens, config.context - prompt.shape[1] + 1)
-    ends = set() if args.prompt_length else set(config.eos_ids)
+    with output_file(args.json) if args.json and args.rank == 0 else nullcontext() as write:
+        model, tokenizer, dictionaries, line = load(args)
+        config, name = model.config, "dense" if args.dense else "sparse"
+        model.verbose = not args.quiet
+        if args.compile:
+            compile_layers()
 
-    def new_cache(name):
-        capacity = 0 if args.chat else prompt.shape[1] + count
-        if name == "dense":
-            return DenseCache(config, args.batch, capacity, args.device, model.norm.weight.dtype)
-        return SparseCache(config, dictionaries, args.sparsity, args.buffer, args.window,
-                           args.batch, capacity, args.beam, coding=args.coding,
-                           dtype=torch.bfloat16)
+        def new_cache(name, capacity=0):
+            if name == "dense":
+                return DenseCache(config, args.batch, capacity, args.device, model.norm.weight.dtype)
+            return SparseCache(config, dictionaries, args.sparsity, args.buffer, args.window,
+                               args.sinks, args.batch, capacity, args.coding, args.pursuit,
+                               torch.bfloat16)
 
-    if args.chat:
-        return chat(args, model, tokenizer, new_cache(name))
+        if args.chat:
+            return chat(args, model, tokenizer, new_cache(name))
+        ids = tokenizer.encode(from_rank_0(lambda: read_prompt(args)))
+        tokenizer.check(ids, config)
+        if len(ids) > config.context:
+            raise InputError(f"the prompt has {len(ids)} tokens, more than the model's context of "
+                             f"{config.context}; shorten it")
+        prompt = torch.tensor([ids], device=args.device).repeat(args.batch, 1)  # (B, T)
+        count = min(args.max_new_tokens, config.context - len(ids) + 1)
+        ends = set(config.eos_ids)
 
-    def start(name, choose):
-        """The steps of a new run, one by one."""
-        cache = new_cache(name)
-        show_progress(model, args.quiet)
-        record = args.device.type == "cuda" and args.ranks == 1 and cache.replayable
-        return generate(model, cache, prompt, count, choose, record, ends)
+        def start(name, choose):
+            """The steps of a new run, one by one."""
+            record = args.device.type == "cuda" and args.ranks == 1
+            return generate(model, new_cache(name, len(ids) + count), prompt, count, choose, record,
+                            ends)
 
-    def run(name, show=lambda step: None):
-        """Generate with one cache: the list of steps, and their summary."""
-        steps, ended = [], "context full" if count < args.max_new_tokens else "as asked for"
-        try:
-            if args.compare or args.random_weights:  # so that what is measured awaits no compiler
-                next(start(name, sampler(args)))
-            for step in start(name, sampler(args)):
-                step["logits"] = step["logits"].cpu()  # off the memory that is measured
-                steps.append(step)
-                show(step)
-            if step["tokens"][0].item() in ends:
-                ended = "end of text"
-        except KeyboardInterrupt:
-            if not steps:  # nothing to sum up yet
-                raise
-            ended = "interrupted"
-        return steps, summary(steps, ended, prompt)
+        def run(name, show=lambda step: None):
+            """Generate with one cache: the list of steps, and their summary."""
+            steps, ended = [], "context full" if count < args.max_new_tokens else "as asked for"
+            try:
+                if args.compare:  # so that what is measured awaits no compiler
+                    next(start(name, sampler(args)))
+                for step in start(name, sampler(args)):
+                    step["logits"] = step["logits"].cpu()  # off the memory that is measured
+                    steps.append(step)
+                    show(step)
+                if step["tokens"][0].item() in ends:
+                    ended = "end of text"
+            except KeyboardInterrupt:
+                if not steps:  # nothing to sum up yet
+                    raise
+                ended = "interrupted"
+            return steps, summary(steps, ended, prompt)
 
-    say, stream, tokens = (lambda text: None) if args.quiet else print, tokenizer.stream(), []
+        say, stream, tokens = (lambda text: None) if args.quiet else print, tokenizer.stream(), []
 
-    def show(step):
-        tokens.append(step["tokens"][0].item())
-        piece, cache = stream(tokens[-1]), step["bytes"]
-        line = (f"{len(tokens):5d}  {piece!r:16.16}  {step['forward'] * 1e3:9.2f}  "
-                f"{step['coding'] * 1e3:9.2f}  {size(cache['total']):>9}  "
-                f"{cache['total'] / cache['dense']:8.1%}\n")
-        print(piece if args.quiet else line, end="", flush=True)
+        def show(step):
+            tokens.append(step["tokens"][0].item())
+            piece, (whole, vector) = stream(tokens[-1]), shares(step["bytes"])
+            print(piece if args.quiet else
+                  f"{len(tokens):5d}  {piece!r:16.16}  {step['forward'] * 1e3:9.2f}  "
+                  f"{step['coding'] * 1e3:9.2f}  {vector:8.1%}  {size(step['bytes']['total']):>9}  "
+                  f"{whole:8.1%}\n", end="", flush=True)
 
-    say(" step  token             forward ms  coding ms      cache  of dense")
-    steps, first = run(name, show)
-    figures = {"text": tokenizer.decode(tokens), name: first}
-    print(stream(None))
-    if not args.prompt_length:
-        say(f"{tokenizer.decode(prompt[0].tolist())}{figures['text']}\n")
-    say(describe(name, first))
-    interrupted = first["ended"] == "interrupted"
-    if args.compare and not args.dense and not interrupted:
-        dense, figures["dense"] = run("dense")
-        say(describe("dense", figures["dense"]))
-        interrupted = figures["dense"]["ended"] == "interrupted"
-        if not args.random_weights:  # whose text means nothing
+        say(f"{line}\n step  token             forward ms  coding ms  a vector      cache  of dense")
+        steps, first = run(name, show)
+        figures = {"text": tokenizer.decode(tokens), name: first}
+        print(stream(None))
+        say(f"{tokenizer.decode(ids)}{figures['text']}\n\n{describe(name, first)}")
+        if args.compare and first["ended"] != "interrupted":
+            dense, figures["dense"] = run("dense")
+            say(describe("dense", figures["dense"]))
             given = iter(dense)
             forced = start("sparse", lambda logits: next(given)["tokens"])
             figures["agreement"] = same = agreement(steps, dense, forced)
             say(f"agreement: the first {same['shared_tokens']} tokens are shared. Along the dense "
                 f"text, mean KL(dense || sparse) is {same['kl']:.4f} and the likeliest token the "
                 f"same {same['top1']:.1%} of the time")
-    if args.json and args.rank == 0:
-        figures["steps"] = [{"token": token, "forward": step["forward"], "coding": step["coding"],
-                             **step["bytes"]} for token, step in zip(tokens, steps)]
-        try:
-            Path(f"{args.json}.part").write_text(json.dumps(figures, indent=1) + "\n")
-            os.replace(f"{args.json}.part", args.json)
-        except OSError as error:
-            raise InputError(f"--json {args.json} cannot be written: {error.strerror}") from None
-    return 130 if interrupted else 0
-
+        if write:
+            figures["steps"] = [{"token": token, "forward": step["forward"], "coding":
+                                 step["coding"], **step["bytes"]} for token, step in zip(tokens, steps)]
+            with door(f"--json {args.json} cannot be written", "name a file where there is room"):
+                write((json.dumps(figures, indent=1) + "\n").encode())
+        return 130 if first["ended"] == "interrupted" else 0
 
 if __name__ == "__main__":
     run_program(main)

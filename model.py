@@ -1,4 +1,4 @@
-"""A Llama as one readable file: config, network, Hugging Face weights, tokenizer.
+"""A Llama as one readable file: network, configuration, Hugging Face weights, tokenizer.
 
 The network is that of Touvron et al. 2023 (arXiv 2302.13971) and its descendants, layers of
 
@@ -7,173 +7,52 @@ The network is that of Touvron et al. 2023 (arXiv 2302.13971) and its descendant
 
 with rotary positions (Su et al. 2021, arXiv 2104.09864) and grouped-query attention (Ainslie et
 al. 2023, arXiv 2305.13245). Modules carry the names of Hugging Face checkpoints, so weights load
-without a mapping.
+without a mapping. How keys and values are stored is the business of a cache, an object with
 
-Nothing here knows how keys and values are stored. Each layer hands its q, k, v to
-`cache.attend(layer, q, k, v)` and gets the attention's output back; without a cache it attends
-causally within the tokens it was given. A cache has a `position`, the number of tokens seen so far
-(a tensor, so that a recorded step can be replayed at any position), and any number of tokens may
-come at any time: a prompt, a chunk, one token.
+    position                  how many tokens it has seen, an int or a tensor
+    begin(T)                  called before the first layer: T tokens are about to pass, a prompt,
+                              a chunk or one token
+    attend(layer, q, k, v)    appends the layer's keys and values, returns attention's output
+    end(T)                    called after the last layer
 
-`python model.py` loads the embedded model and continues a sentence.
-"""
+`python model.py` loads the embedded model and continues a sentence."""
 
 import argparse
-import atexit
 import base64
-import codecs
+import functools
+import itertools
 import json
 import math
 import os
-import re
 import sys
 import time
-import unicodedata
-from dataclasses import dataclass, replace
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 import tiktoken
+import tokenizers
 import torch
-import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save
+from safetensors.torch import load_file
+from tqdm import tqdm
 
+# ---- Network -------------------------------------------------------------------------------------
 
-class InputError(Exception):
-    """Bad input, in one line: the thing, the value, the way out. Programs print it and exit 2."""
+class NoCache:
+    """Causal attention within the tokens that are given, and nothing kept: the simplest cache."""
+    position = 0
 
+    def begin(self, T):
+        """T tokens are about to pass the layers."""
 
-class Parser(argparse.ArgumentParser):
-    """Arguments that cannot be read, or are out of range, are bad input, too."""
+    def attend(self, layer, q, k, v):
+        """q: (B, G H, T, m), k and v: (B, H, T, m). Returns the output, shaped as q."""
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
 
-    def error(self, message):
-        raise InputError(f"{message}; see --help")
-
-    def check(self, args, **ranges):
-        """Refuse arguments outside their (least, most)."""
-        for name, (least, most) in ranges.items():
-            if not least <= getattr(args, name) <= most:
-                self.error(f"--{name.replace('_', '-')} {getattr(args, name)} is outside "
-                           f"{least} .. {most}")
-
-
-def run_program(main):
-    """Run a program: exit with what main returns, or with one line and 2 for bad input."""
-    try:
-        sys.exit(main())
-    except InputError as error:
-        if os.environ.get("LOCAL_RANK", "0") == "0":
-            print(f"error: {error}", file=sys.stderr)
-        else:
-            time.sleep(10)  # rank 0 says it; then torchrun ends the others
-        sys.exit(2)
-    except RuntimeError as error:
-        if "allocate" not in str(error):  # that is how torch says it
-            raise
-        print("error: out of memory; ask for a shorter prompt, a smaller batch or buffer, or learn "
-              "from fewer tokens at a time", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        sys.exit(130)
-    except BrokenPipeError:  # whoever read our output has left
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(141)
-
-
-# --------------------------------------------------------------------------------------------------
-# Configuration
-
-REQUIRED = {  # our names and those of a config.json
-    "model_type": "model_type", "vocab_size": "vocab_size", "dim": "hidden_size",
-    "n_layers": "num_hidden_layers", "n_heads": "num_attention_heads",
-    "ffn_dim": "intermediate_size", "context": "max_position_embeddings"}
-HF_NAMES = {
-    **REQUIRED, "kv_heads": "num_key_value_heads", "head_dim": "head_dim",
-    "norm_eps": "rms_norm_eps", "rope_theta": "rope_theta", "tied": "tie_word_embeddings",
-    "bos_id": "bos_token_id"}
-LLAMA3_ROPE = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
-
-
-@dataclass
-class Config:
-    vocab_size: int
-    dim: int
-    n_layers: int
-    n_heads: int
-    kv_heads: int  # each serves G = n_heads / kv_heads query heads
-    head_dim: int  # m: the length of one key or value vector
-    ffn_dim: int
-    context: int  # positions the model was trained for
-    norm_eps: float = 1e-5
-    rope_theta: float = 10000.0
-    rope_scaling: dict | None = None  # Llama 3.1's "llama3" parameters, or None for plain RoPE
-    qkv_bias: bool = False  # Qwen2 and attention_bias
-    out_bias: bool = False  # attention_bias
-    tied: bool = False  # the output layer shares the embedding's weights
-    bos_id: int | None = None
-    eos_ids: tuple = ()
-    model_type: str = "llama"
-
-    @classmethod
-    def from_hf(cls, hf):
-        """Config from the dict of a config.json. What we do not compute is refused by name."""
-        # RoPE has two spellings: rope_scaling, or (transformers 5) all of it in rope_parameters.
-        hf = {**hf, **(hf.get("rope_scaling") or {}), **(hf.get("rope_parameters") or {})}
-        hf = {name: value for name, value in hf.items() if value is not None}
-        rope_type = hf["rope_type"] = hf.get("rope_type", hf.get("type", "default"))
-        scaling = LLAMA3_ROPE if rope_type == "llama3" else ()
-        for name in (*REQUIRED.values(), *scaling):
-            if name not in hf:
-                raise InputError(f"config.json has no {name}, as every Llama's has; fetch it again")
-        kind, heads = hf["model_type"], hf["num_attention_heads"]
-        kv_heads, context = hf.get("num_key_value_heads", heads), hf["max_position_embeddings"]
-        windowed = hf.get("use_sliding_window", kind == "mistral")
-        computed = {
-            "model_type": kind in ("llama", "mistral", "qwen2"),
-            "quantization_config": not hf.get("quantization_config"),
-            "hidden_act": hf.get("hidden_act", "silu") == "silu",
-            "mlp_bias": not hf.get("mlp_bias"),
-            "sliding_window": not windowed or hf.get("sliding_window", context) >= context,
-            "layer_types": set(hf.get("layer_types", ())) <= {"full_attention"},
-            "rope_type": rope_type in ("default", "llama3"),
-            "partial_rotary_factor": hf.get("partial_rotary_factor", 1) == 1,
-            "num_key_value_heads": heads % kv_heads == 0}
-        for name in [name for name, fine in computed.items() if not fine]:
-            raise InputError(f"config.json: {name} = {hf[name]!r} is not supported; use a Llama, "
-                             "Mistral or Qwen2 with full attention and plain or llama3 RoPE")
-        bias, eos = bool(hf.get("attention_bias")), hf.get("eos_token_id", [])
-        plain = {ours: hf[name] for ours, name in HF_NAMES.items() if name in hf}
-        return cls(**{"kv_heads": kv_heads, "head_dim": hf["hidden_size"] // heads, **plain},
-                   rope_scaling={name: hf[name] for name in scaling} or None,
-                   qkv_bias=bias or kind == "qwen2", out_bias=bias,
-                   eos_ids=tuple(eos if isinstance(eos, list) else [eos]))
-
-    @classmethod
-    def from_pretrained(cls, name_or_path):
-        """Config of a local folder, a config.json file or a Hub id."""
-        hf = read_json(name_or_path, "config.json")
-        generation = read_json(name_or_path, "generation_config.json", required=False)
-        if generation.get("eos_token_id") is not None:  # a chat model's end of turn is only here
-            hf["eos_token_id"] = generation["eos_token_id"]
-        try:
-            return cls.from_hf(hf)
-        except (TypeError, AttributeError, ValueError, ZeroDivisionError) as error:
-            raise InputError(f"config.json of '{name_or_path}' is damaged ({error}); fetch it "
-                             "again") from None
-
-    def to_hf(self):
-        """The dict of this model's config.json."""
-        scaling = self.rope_scaling and {"rope_type": "llama3", **self.rope_scaling}
-        plain = {name: getattr(self, ours) for ours, name in HF_NAMES.items()}
-        return {"architectures": ["LlamaForCausalLM"], "hidden_act": "silu", **plain,
-                "rope_scaling": scaling, "attention_bias": self.out_bias,
-                "eos_token_id": list(self.eos_ids), "torch_dtype": "bfloat16"}
-
-
-# --------------------------------------------------------------------------------------------------
-# Network
+    def end(self, T):
+        """They have passed."""
 
 def rope_frequencies(config):
     """Angular frequencies of the head_dim / 2 rotary pairs, (m / 2,) float32, on the CPU.
@@ -185,34 +64,34 @@ def rope_frequencies(config):
     frequency = config.rope_theta ** (-torch.arange(0, m, 2, device="cpu") / m)  # (m / 2,)
     if config.rope_scaling is None:
         return frequency
-    factor, low, high, context = (config.rope_scaling[key] for key in LLAMA3_ROPE)
+    factor, low, high, context = (config.rope_scaling[name] for name in LLAMA3_ROPE)
     cycles = context * frequency / (2 * math.pi)
     blend = ((cycles - low) / (high - low)).clamp(0, 1)  # 0: low frequency, 1: high frequency
     return frequency * (blend + (1 - blend) / factor)
 
-
 def rotate(x, cos, sin):
     """Rotary embedding of x (B, H, T, m) by cos, sin (T, m). Pair i is elements i and i + m / 2."""
-    first, second = x.chunk(2, dim=-1)
-    return x * cos + torch.cat((-second, first), dim=-1) * sin
-
+    left, right = x.chunk(2, dim=-1)
+    return x * cos + torch.cat((-right, left), dim=-1) * sin
 
 class Attention(nn.Module):
-    def __init__(self, config, layer):
+    def __init__(self, config):
         super().__init__()
-        self.layer, self.head_dim = layer, config.head_dim
+        self.head_dim = config.head_dim
         q_dim, kv_dim = config.n_heads * config.head_dim, config.kv_heads * config.head_dim
         self.q_proj = nn.Linear(config.dim, q_dim, bias=config.qkv_bias)
         self.k_proj = nn.Linear(config.dim, kv_dim, bias=config.qkv_bias)
         self.v_proj = nn.Linear(config.dim, kv_dim, bias=config.qkv_bias)
         self.o_proj = nn.Linear(q_dim, config.dim, bias=config.out_bias)
+        norm = nn.RMSNorm if config.qk_norm else nn.Identity  # which takes any arguments
+        self.q_norm = norm(config.head_dim, eps=config.norm_eps)
+        self.k_norm = norm(config.head_dim, eps=config.norm_eps)
 
     def project(self, x, cos, sin):
-        """Queries, keys and values of x (B, T, dim), each (B, heads, T, m)."""
+        """Queries (B, G H, T, m), keys and values (B, H, T, m) of x (B, T, dim)."""
         q, k, v = (project(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
                    for project in (self.q_proj, self.k_proj, self.v_proj))
-        return rotate(q, cos, sin), rotate(k, cos, sin), v
-
+        return rotate(self.q_norm(q), cos, sin), rotate(self.k_norm(k), cos, sin), v
 
 class MLP(nn.Module):
     def __init__(self, config):
@@ -224,92 +103,72 @@ class MLP(nn.Module):
     def forward(self, x):
         return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
 
-
 class Layer(nn.Module):
-    decode = None  # begin and end for a single token, once compile_layers was called
+    compiled = None  # before_attention and after_attention for one token (see compile_layers)
 
-    def __init__(self, config, layer):
+    def __init__(self, config, index):
         super().__init__()
-        self.self_attn = Attention(config, layer)
+        self.index = index
+        self.self_attn = Attention(config)
         self.mlp = MLP(config)
         self.input_layernorm = nn.RMSNorm(config.dim, eps=config.norm_eps)
         self.post_attention_layernorm = nn.RMSNorm(config.dim, eps=config.norm_eps)
 
-    def begin(self, x, cos, sin):
+    def before_attention(self, x, cos, sin):
         return self.self_attn.project(self.input_layernorm(x), cos, sin)
 
-    def end(self, x, out):
+    def after_attention(self, x, out):
         x = x + self.self_attn.o_proj(out)
         return x + self.mlp(self.post_attention_layernorm(x))
 
     def forward(self, x, cos, sin, cache):
-        begin, end = Layer.decode if Layer.decode and x.shape[1] == 1 else (Layer.begin, Layer.end)
-        q, k, v = begin(self, x, cos, sin)  # (B, H, T, m)
-        if cache is None:
-            out = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
-        else:
-            out = cache.attend(self.self_attn.layer, q, k, v)  # (B, H, T, m)
-        out = out.transpose(1, 2).flatten(2)  # (B, T, H m)
+        before, after = Layer.before_attention, Layer.after_attention
+        if Layer.compiled and x.shape[1] == 1:
+            before, after = Layer.compiled
+        q, k, v = before(self, x, cos, sin)  # (B, heads, T, m)
+        out = cache.attend(self.index, q, k, v).transpose(1, 2).flatten(2)  # (B, T, G H m)
         # A long prompt goes on in pieces: the MLP's hidden layer is the widest tensor of all.
-        pieces = [end(self, *piece) for piece in zip(x.split(4096, dim=1), out.split(4096, dim=1))]
+        pieces = [after(self, *pair) for pair in zip(x.split(4096, dim=1), out.split(4096, dim=1))]
         return torch.cat(pieces, dim=1) if len(pieces) > 1 else pieces[0]
 
-
 def compile_layers():
-    """torch.compile what stands around attention when one token passes: its small operations become
-    few kernels. Prompts differ in length and gain little, so they pass as they are. The option has
-    products of one row with a matrix compiled, too, and tunes them: they take most of the time."""
-    Layer.decode = [torch.compile(part, options={"coordinate_descent_tuning": True})
-                    for part in (Layer.begin, Layer.end)]
-
+    """torch.compile what stands around attention when one token passes. (Prompts differ in length
+    and gain little.) The option tunes products of one row with a matrix: they take most time."""
+    Layer.compiled = [torch.compile(part, options={"coordinate_descent_tuning": True})
+                      for part in (Layer.before_attention, Layer.after_attention)]
 
 class Llama(nn.Module):
+    verbose = False  # whether a prompt that takes long shows a bar on stderr
+
     def __init__(self, config):
         super().__init__()
         self.config = config
         self.embed_tokens = nn.Embedding(config.vocab_size, config.dim)
         self.layers = nn.ModuleList(Layer(config, i) for i in range(config.n_layers))
         self.norm = nn.RMSNorm(config.dim, eps=config.norm_eps)
-        if not config.tied:
-            self.lm_head = nn.Linear(config.dim, config.vocab_size, bias=False)
+        self.lm_head = nn.Linear(config.dim, config.vocab_size, bias=False)
+        if config.tied:
+            self.lm_head.weight = self.embed_tokens.weight
         self._frequencies = rope_frequencies(config)  # (m / 2,)
 
     def forward(self, tokens, cache=None, last_only=False):
         """Logits (B, T, vocab) for tokens (B, T) int64, or (B, 1, vocab) with last_only.
-
-        The tokens follow those already in the cache, and are appended to it.
-        """
+        The tokens follow those already in the cache, and are appended to it."""
+        cache, T = NoCache() if cache is None else cache, tokens.shape[1]
+        cache.begin(T)
         x = self.embed_tokens(tokens)  # (B, T, dim)
-        start = 0 if cache is None else cache.position
-        positions = start + torch.arange(tokens.shape[1], device=x.device)  # (T,)
+        positions = cache.position + torch.arange(T, device=x.device)  # (T,)
         # Not a buffer: the frequencies stay float32 in a bf16 model.
         self._frequencies = self._frequencies.to(x.device)  # (m / 2,)
         angle = torch.outer(positions.float(), self._frequencies).repeat(1, 2)  # (T, m)
         cos, sin = angle.cos().to(x.dtype), angle.sin().to(x.dtype)
-        for layer in self.layers:
+        # A prompt passes in one go. What takes longer than two seconds shows a bar.
+        for layer in tqdm(self.layers, "prompt", delay=2, disable=T == 1 or not self.verbose):
             x = layer(x, cos, sin, cache)
-        x = self.norm(x[:, -1:] if last_only else x)
-        head = self.embed_tokens if self.config.tied else self.lm_head
-        return F.linear(x, head.weight)
-
-    def init_weights(self):
-        """GPT-2's initialisation: normal(0.02), less for the projections that write to x."""
-        for name, parameter in self.named_parameters():
-            if name.endswith(("o_proj.weight", "down_proj.weight")):
-                nn.init.normal_(parameter, std=0.02 / math.sqrt(2 * self.config.n_layers))
-            elif parameter.dim() == 2:
-                nn.init.normal_(parameter, std=0.02)
-            else:
-                nn.init.constant_(parameter, 0.0 if name.endswith("bias") else 1.0)
-        return self
-
-    @classmethod
-    def random(cls, config, device=None, dtype=None, rank=0, ranks=1):
-        """Random weights in any shape, made on the device: for measuring without a download."""
-        with torch.device("meta"):
-            model = parallelize(cls(config).to(dtype or torch.float32), rank, ranks)
-        model.to_empty(device=device or best_device()).init_weights()
-        return model.requires_grad_(False).eval()
+            if T > 1 and x.is_cuda:
+                torch.cuda.synchronize()
+        cache.end(T)
+        return self.lm_head(self.norm(x[:, -1:] if last_only else x))
 
     @classmethod
     def from_pretrained(cls, name_or_path, device=None, dtype=None):
@@ -317,339 +176,358 @@ class Llama(nn.Module):
 
         The network is built without memory (meta device) and its weights are put in place one at a
         time. On a CPU they are the file's own pages, mapped and never copied, unless dtype asks for
-        a conversion. Default device: the best there is, dtype: the file's. Raises InputError.
-        """
-        config, device = Config.from_pretrained(name_or_path), device or best_device()
+        a conversion. Default device: the best there is, dtype: the file's. Raises InputError."""
+        folder = find_folder(name_or_path)
         with torch.device("meta"):
-            model = cls(config).requires_grad_(False)
-        weights = {}  # without what some files hold, but a Llama computes or shares
-        spare = ("inv_freq", "lm_head.weight") if config.tied else "inv_freq"
-        index = read_json(name_or_path, "model.safetensors.index.json", required=False)
-        files = set(index["weight_map"].values()) if index else {"model.safetensors"}
-        for path in [find_file(name_or_path, file) for file in sorted(files)]:
-            try:
-                shard = load_file(path)
-            except (SafetensorError, OSError) as error:
-                raise InputError(f"{path} is damaged ({error}); fetch it again") from None
-            weights.update((name.removeprefix("model."), weight.to(device, dtype))
-                           for name, weight in shard.items() if not name.endswith(spare))
-        try:
+            model = cls(Config.from_pretrained(folder)).requires_grad_(False)
+        weights = read_weights(folder, device or best_device(), dtype)
+        if model.config.tied and "embed_tokens.weight" in weights:
+            weights.setdefault("lm_head.weight", weights["embed_tokens.weight"])
+        with door(f"weights of '{name_or_path}' do not fit its config.json",
+                  "give the files of one model"):
             model.load_state_dict(weights, assign=True)
-        except RuntimeError as error:  # a line for every kind of misfit
-            problems = " ".join(str(error).split()).partition("Llama: ")[2]
-            raise InputError(f"weights of '{name_or_path}' do not fit its config.json; give the "
-                             f"files of one model ({problems})") from None
+        # A head of its own in the file is used, whatever config.json says.
+        if model.config.tied and torch.equal(model.lm_head.weight, model.embed_tokens.weight):
+            model.lm_head.weight = model.embed_tokens.weight
         return model.eval()
 
-    def save_pretrained(self, folder, dtype=torch.bfloat16):
-        """Write config.json and model.safetensors in Hugging Face's layout, never half a file."""
-        folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        state = {name if name == "lm_head.weight" else f"model.{name}": parameter.detach().to(dtype)
-                 for name, parameter in self.named_parameters()}
-        (folder / "model.part").write_bytes(save(state, metadata={"format": "pt"}))
-        os.replace(folder / "model.part", folder / "model.safetensors")
-        (folder / "config.part").write_text(json.dumps(self.config.to_hf(), indent=2) + "\n")
-        os.replace(folder / "config.part", folder / "config.json")
+FLOATS = torch.bfloat16, torch.float16, torch.float32, torch.float64
 
+def read_weights(folder, device, dtype):
+    """name -> tensor of a folder's model.safetensors, or else of the shards that its index names.
+    Tensors of several types become one, the widest."""
+    files, index, weights = ["model.safetensors"], folder / "model.safetensors.index.json", {}
+    with door(f"weights of '{folder}' cannot be read", "fetch them again"):
+        if not (folder / files[0]).is_file():
+            if not index.is_file():
+                raise missing(folder, files[0])
+            files = sorted(set(read_json(index)["weight_map"].values()))
+        for file in files:
+            if Path(file).name != file:
+                raise ValueError(f"{index.name} names {file}, which is not in its folder")
+            weights.update((name.removeprefix("model."), tensor) for name, tensor in
+                           load_file(folder / file).items()
+                           if not name.endswith("inv_freq"))  # which a Llama computes
+    for name, tensor in weights.items():
+        if tensor.dtype not in FLOATS:
+            raise InputError(f"weights of '{folder}': {name} is {str(tensor.dtype)[6:]}; quantised "
+                             "weights are not supported, give the model in 16 or 32 bits")
+    widest = functools.reduce(torch.promote_types, {x.dtype for x in weights.values()}, FLOATS[0])
+    weights = {name: tensor.to(device, dtype or widest) for name, tensor in weights.items()}
+    for name, tensor in weights.items():
+        if not tensor.sum(dtype=torch.float32).isfinite():
+            raise InputError(f"weights of '{folder}': {name} holds NaN or infinity; fetch it again")
+    return weights
 
-# --------------------------------------------------------------------------------------------------
-# Devices: one, or one for each of the processes that torchrun starts
+# ---- Configuration -------------------------------------------------------------------------------
 
-def best_device():
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+HF_NAMES = {  # our names and those of a config.json
+    "vocab_size": "vocab_size", "dim": "hidden_size", "n_layers": "num_hidden_layers",
+    "n_heads": "num_attention_heads", "kv_heads": "num_key_value_heads", "head_dim": "head_dim",
+    "ffn_dim": "intermediate_size", "context": "max_position_embeddings",
+    "norm_eps": "rms_norm_eps", "rope_theta": "rope_theta", "tied": "tie_word_embeddings",
+    "out_bias": "attention_bias"}
+LLAMA3_ROPE = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
+RANGES = {int: (1, 2**20), float: (1e-30, 1e15), bool: (False, True)}  # what makes sense
+DEFAULTS = {  # model_type -> what a config.json may leave out, as transformers fills it in
+    "llama": {"max_position_embeddings": 2048},
+    "mistral": {"max_position_embeddings": 2**17, "num_key_value_heads": 8, "sliding_window": 4096},
+    "qwen2": {"max_position_embeddings": 2**15, "num_key_value_heads": 32},
+    "qwen3": {"max_position_embeddings": 2**15, "num_key_value_heads": 32, "head_dim": 128}}
 
+@dataclass
+class Config:
+    vocab_size: int
+    dim: int
+    n_layers: int
+    n_heads: int
+    kv_heads: int  # each serves G = n_heads / kv_heads query heads
+    head_dim: int  # m: the length of one key or value vector
+    ffn_dim: int
+    context: int  # positions the model was trained for
+    norm_eps: float = 1e-6
+    rope_theta: float = 10000.0
+    rope_scaling: dict | None = None  # Llama 3.1's parameters, or None for plain RoPE
+    qkv_bias: bool = False  # Qwen2 and attention_bias
+    out_bias: bool = False  # attention_bias
+    qk_norm: bool = False  # Qwen3: RMSNorm on every head's query and key
+    tied: bool = False  # the output layer shares the embedding's weights
+    eos_ids: tuple = ()
+    model_type: str = "llama"
 
-def world(device=None):
-    """(device, rank, ranks): what to compute on, and which of how many processes this one is.
+    @classmethod
+    def from_hf(cls, hf):
+        """Config from the dict of a config.json. What we do not compute is refused by name."""
+        kind = hf.get("model_type")
+        # RoPE has two spellings: rope_scaling, or (transformers 5) all of it in rope_parameters.
+        hf = {**DEFAULTS.get(kind, {}), **hf, **(hf.get("rope_scaling") or {}),
+              **(hf.get("rope_parameters") or {})}
+        hf = {name: value for name, value in hf.items() if value is not None}
+        rope_type = hf["rope_type"] = hf.get("rope_type", hf.get("type", "default"))
+        heads = checked(hf, "num_attention_heads", int)
+        hf = {"num_key_value_heads": heads, "head_dim": checked(hf, "hidden_size", int) // heads, **hf}
+        plain = {ours: checked(hf, name, cls.__annotations__[ours]) for ours, name in
+                 HF_NAMES.items() if name in hf or not hasattr(cls, ours)}  # which have a default
+        scaling = {name: checked(hf, name, float) for name in LLAMA3_ROPE if rope_type == "llama3"}
+        eos, context = hf.get("eos_token_id", []), plain["context"]
+        windowed = hf.get("use_sliding_window", kind == "mistral")
+        computed = {
+            "model_type": kind in DEFAULTS,
+            "quantization_config": not hf.get("quantization_config"),
+            "hidden_act": hf.get("hidden_act", "silu") == "silu",
+            "mlp_bias": not hf.get("mlp_bias"),
+            "sliding_window": not windowed or hf.get("sliding_window", context) >= context,
+            "layer_types": set(hf.get("layer_types", ())) <= {"full_attention"},
+            "rope_type": rope_type in ("default", "llama3"),
+            "high_freq_factor": not scaling or scaling["low_freq_factor"] < hf["high_freq_factor"],
+            "partial_rotary_factor": hf.get("partial_rotary_factor", 1) == 1,
+            "num_hidden_layers": plain["n_layers"] <= 2**12,
+            "head_dim": plain["head_dim"] % 2 == 0,
+            "eos_token_id": all(type(i) is int for i in (eos if isinstance(eos, list) else [eos])),
+            "num_key_value_heads": heads % plain["kv_heads"] == 0}
+        for name in [name for name, fine in computed.items() if not fine]:
+            raise InputError(f"config.json: {name} = {hf.get(name)!r} is not supported; use a "
+                             "Llama, Mistral or Qwen with full attention and plain or llama3 RoPE")
+        return cls(**plain, rope_scaling=scaling or None, eos_ids=tuple(eos if isinstance(eos, list) else [eos]), model_type=kind,
+                   qkv_bias=plain.get("out_bias", kind == "qwen2"), qk_norm=kind == "qwen3")
 
-    A plain run is rank 0 of 1. Under torchrun every rank has a GPU of its own, and only 0 prints.
-    """
-    try:
-        device = torch.device(device or best_device())
-        if device.type == "cuda":  # kernels and graphs go to what is the current one
-            device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", device.index or 0)))
-            torch.cuda.set_device(device)
-        torch.empty(1, device=device).cpu()
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
-        raise InputError(f"--device {device} cannot be used here ({reason})") from None
-    if "LOCAL_RANK" not in os.environ:
-        return device, 0, 1
-    if not dist.is_initialized():
-        dist.init_process_group()
-        atexit.register(dist.destroy_process_group)
-    if dist.get_rank() > 0:
-        sys.stdout = open(os.devnull, "w")
-    return device, dist.get_rank(), dist.get_world_size()
+    @classmethod
+    def from_pretrained(cls, name_or_path):
+        """Config of a local folder or a Hub id."""
+        folder = find_folder(name_or_path)
+        hf = read_json(folder / "config.json")
+        generation = read_json(folder / "generation_config.json", required=False)
+        if generation.get("eos_token_id") is not None:  # a chat model's end of turn is only here
+            hf["eos_token_id"] = generation["eos_token_id"]
+        with door(f"config.json of '{name_or_path}' is damaged", "fetch it again"):
+            return cls.from_hf(hf)
 
+def checked(values, name, kind):
+    """values[name], if it is of its kind and makes sense (what is no number never does)."""
+    value, (least, most) = values.get(name), RANGES[kind]
+    if type(value) is not kind and (kind, type(value)) != (float, int) or not least <= value <= most:
+        raise InputError(f"config.json: {name} = {value!r}, where {kind.__name__} {least} .. {most} "
+                         "belongs; fetch it again")
+    return kind(value)
 
-def parallelize(model, rank, ranks):
-    """Leave in a model this rank's share of all heads and hidden units (Shoeybi et al. 2019, arXiv
-    1909.08053). Its config then counts the heads that are here: a cache made from it holds theirs.
+# ---- Tokenizer -----------------------------------------------------------------------------------
 
-    By hand, for torch's DTensor takes milliseconds of Python a layer, however small the shares.
-    """
-    if ranks == 1:
-        return model
-    for name in ("kv_heads", "ffn_dim"):
-        if getattr(model.config, name) % ranks:
-            raise InputError(f"the model's {name} = {getattr(model.config, name)} cannot be shared "
-                             f"by {ranks} processes; give --nproc-per-node a divisor of it")
-    for name, linear in model.layers.named_modules():
-        if name.endswith(("o_proj", "down_proj")):  # inputs are shared: outputs are sums over ranks
-            linear.weight = nn.Parameter(linear.weight.chunk(ranks, dim=1)[rank])
-            if linear.bias is not None:  # counts once
-                linear.bias = nn.Parameter(linear.bias * (rank == 0))
-            linear.register_forward_hook(lambda linear, x, out: dist.all_reduce(out))
-        elif name.endswith("_proj"):  # outputs are shared
-            for part, whole in list(linear.named_parameters()):
-                setattr(linear, part, nn.Parameter(whole.chunk(ranks)[rank]))
-    heads, kv_heads = model.config.n_heads // ranks, model.config.kv_heads // ranks
-    model.config = replace(model.config, n_heads=heads, kv_heads=kv_heads)
-    return model.requires_grad_(False)
-
-
-# --------------------------------------------------------------------------------------------------
-# Files: a local folder, or the Hugging Face Hub
-
-def find_file(name_or_path, filename, required=True):
-    """Path of one file of a model: "tiny" (the embedded one), a local folder, or a Hub id.
-
-    A bare config file will do where a shape is wanted without weights. Files that are not required
-    may be absent: then None.
-    """
-    folder = Path(__file__).parent / "tiny" if str(name_or_path) == "tiny" else Path(name_or_path)
-    path = folder if filename == "config.json" and folder.is_file() else folder / filename
-    if path.is_file():
-        return path
-    reason = f"has no {filename}" if folder.exists() else "does not exist"
-    if not folder.exists() and len(folder.parts) == 2 and not folder.is_absolute():  # owner/name
-        import huggingface_hub as hub  # here, for it takes a while
-        try:
-            return Path(hub.hf_hub_download(str(name_or_path), filename))
-        except (OSError, ValueError) as error:
-            # Absent is what the Hub says is not there, now or, as this disk remembers, before.
-            absent = isinstance(error, hub.errors.RemoteEntryNotFoundError) or (
-                not isinstance(error, hub.errors.HFValidationError)
-                and hub.try_to_load_from_cache(str(name_or_path), filename) is not None)
-            required = required or not absent
-            first_line = str(error).strip().split("\n")[0]
-            reason = (f"is no folder, and the Hub gives no {filename} (check network and login: "
-                      f"{first_line})")
-    if required:
-        raise InputError(f"model '{name_or_path}' {reason}; give a folder in Hugging Face layout, "
-                         "or a Hub id (owner/name)")
-    return None
-
-
-def read_json(name_or_path, filename, required=True):
-    """What one JSON file of a model holds, {} if it may be absent and is."""
-    path = find_file(name_or_path, filename, required)
-    try:
-        return dict(json.loads(path.read_text(encoding="utf-8"))) if path else {}
-    except (ValueError, TypeError, OSError) as error:
-        raise InputError(f"{path} is not readable JSON ({error}); fetch it again") from None
-
-
-# --------------------------------------------------------------------------------------------------
-# Tokenizer: byte-level BPE, run by tiktoken
-
-GPT2_SPLIT = r"'(?:s|t|re|ve|m|ll|d)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
-# The same once every digit stands alone (SmolLM2): white space before a digit now ends its piece.
-DIGITS_SPLIT = r"\p{N}|'(?:s|t|re|ve|m|ll|d)| ?\p{L}+| ?[^\s\p{L}\p{N}]+|\s+(?![^\s\p{N}])|\s+"
 LLAMA3_SPLIT = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
                 r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+")
-LLAMA3_SPECIAL = {"<|begin_of_text|>": 128000, "<|end_of_text|>": 128001,
-                  "<|start_header_id|>": 128006, "<|end_header_id|>": 128007, "<|eot_id|>": 128009}
-# How GPT-2 writes the 256 bytes of a byte-level vocabulary: what prints stands for itself.
-PRINTABLE = [*range(33, 127), *range(161, 173), *range(174, 256)]
-OTHERS = [byte for byte in range(256) if byte not in PRINTABLE]
-CHARACTERS = zip([*PRINTABLE, *range(256, 256 + len(OTHERS))], PRINTABLE + OTHERS)
-BYTES = {chr(code): bytes([byte]) for code, byte in CHARACTERS}
-
+LLAMA3_SPECIAL = {"<|begin_of_text|>": 128000, "<|end_of_text|>": 128001, "<|eot_id|>": 128009,
+                  "<|start_header_id|>": 128006, "<|end_header_id|>": 128007, "<|eom_id|>": 128008}
 
 class Tokenizer:
-    """Text to ids and back. Text is only ever text: special tokens are in `special`, by name."""
+    """Text to ids and back, by Hugging Face's `tokenizers`. special: special tokens' ids by name;
+    in a text they are only text."""
 
-    def __init__(self, encode_text, token_bytes, special, bos_id):
-        self.encode_text = encode_text  # str -> list of ids
-        self.token_bytes = token_bytes  # id -> bytes
-        self.special = special  # name -> id
-        self.bos_id = bos_id  # put before a text, or None where the model expects nothing there
+    def __init__(self, backend):
+        self.backend, self.token = backend, backend.id_to_token
+        backend.no_truncation()
+        backend.no_padding()
+        added = backend.get_added_tokens_decoder().items()  # id -> token
+        self.special = {token.content: i for i, token in added if token.special}
+        # Added tokens are text as they stand, which a decoder of bytes may not know.
+        self.verbatim = {i: token.content for i, token in added
+                         if not token.special and backend.decode([i]) != token.content}
 
-    def encode(self, text, bos=True):
-        start = [self.bos_id] if bos and self.bos_id is not None else []
-        return start + self.encode_text(text)
+    def encode(self, text, bos=True, special=False):
+        """Ids of a text, as tokenizer.json says. bos: with what begins (or ends) every text.
+        special: whether names of special tokens in the text mean these tokens."""
+        self.backend.encode_special_tokens = not special
+        return self.backend.encode(text, add_special_tokens=bos).ids
 
     def decode(self, ids):
-        return b"".join(self.token_bytes.get(i, b"") for i in ids).decode("utf-8", errors="replace")
+        """Text of ids, without special tokens."""
+        runs = itertools.groupby(ids, key=self.verbatim.get)  # None for ordinary tokens
+        return "".join(text * len(list(run)) if text else self.backend.decode(list(run))
+                       for text, run in runs)
 
     def stream(self):
         """A function id -> text for printing token by token: half a character waits for the rest.
+        Called with None, at the end, it gives what is left."""
+        ids, start, shown = [], 0, 0  # ids[start:shown] are printed: context for those that follow
 
-        Called with None, at the end, it gives what is left.
-        """
-        decoder = codecs.getincrementaldecoder("utf-8")("replace")
-        return lambda i: decoder.decode(self.token_bytes.get(i, b""), final=i is None)
+        def step(i):
+            nonlocal start, shown
+            ids.extend([] if i is None else [i])
+            before, now = self.decode(ids[start:shown]), self.decode(ids[start:])
+            if len(now) <= len(before) or i is not None and now.endswith("\ufffd"):
+                return ""
+            start, shown = shown, len(ids)
+            return now[len(before):]
+
+        return step
+
+    def check(self, ids, config):
+        """Refuse ids that the model's embedding has no row for."""
+        if max(ids, default=0) >= config.vocab_size:
+            raise InputError(f"the tokenizer's id {max(ids)}, {self.token(max(ids))!r}, has no row "
+                             f"in the model's embedding, which has {config.vocab_size}; give the "
+                             "tokenizer of this model")
 
     @classmethod
     def from_pretrained(cls, name_or_path):
         """From tokenizer.json, or else from a tokenizer.model in tiktoken's format (Llama 3)."""
-        hf = read_json(name_or_path, "tokenizer.json", required=False)
-        if hf:
-            return cls.from_hf(hf)
-        path = find_file(name_or_path, "tokenizer.model")
-        try:
-            pairs = map(bytes.split, path.read_bytes().splitlines())
-            ids = {base64.b64decode(token, validate=True): int(rank) for token, rank in pairs}
-        except ValueError:
-            raise InputError(f"{path} is not in tiktoken's format; add a tokenizer.json") from None
-        return cls(bpe_encoder(ids, LLAMA3_SPLIT), {i: token for token, i in ids.items()},
-                   LLAMA3_SPECIAL, LLAMA3_SPECIAL["<|begin_of_text|>"])
+        folder = find_folder(name_or_path)
+        path, other = folder / "tokenizer.json", folder / "tokenizer.model"
+        if path.is_file():
+            with door(f"{path} is damaged", "fetch it again"):
+                return cls(tokenizers.Tokenizer.from_file(str(path)))
+        if not other.is_file():
+            raise missing(folder, path.name)
+        with door(f"{other} is not in tiktoken's format", "add a tokenizer.json"):
+            pairs = map(bytes.split, other.read_bytes().splitlines())
+            ranks = {base64.b64decode(token, validate=True): int(rank) for token, rank in pairs}
+            return Llama3Tokenizer(tiktoken.Encoding(
+                "llama3", pat_str=LLAMA3_SPLIT, mergeable_ranks=ranks,
+                special_tokens=LLAMA3_SPECIAL))
 
-    @classmethod
-    def from_hf(cls, hf):
-        """From the dict of a tokenizer.json."""
-        vocab, normalizer = hf["model"]["vocab"], hf.get("normalizer")
-        special = {token["content"]: token["id"] for token in hf["added_tokens"]}
-        bos_id, processor = None, hf.get("post_processor") or {}
-        for step in processor.get("processors", [processor]):
-            match step:
-                case {"single": [{"SpecialToken": {"id": first}}, *_]}:  # a TemplateProcessing
-                    bos_id = special[first]
-        steps = hf.get("pre_tokenizer") or {}
-        steps = steps.get("pretokenizers", [steps])
-        byte_level = any(step.get("type") == "ByteLevel" for step in steps)
-        token_bytes = {i: bytes_of(token, byte_level) for token, i in vocab.items()
-                       if token not in special}
-        split = split_pattern(steps)
-        if split is None or normalizer not in (None, {"type": "NFC"}):
-            return cls(hf_encoder(hf), token_bytes, special, bos_id)
-        # A merge is "a b" or ["a", "b"]; a token holds no space, which is written otherwise.
-        merged = ["".join(merge).replace(" ", "") for merge in hf["model"]["merges"]]
-        try:
-            ids = {bytes_of(token): vocab[token] for token in [*BYTES, *merged]}
-        except KeyError as missing:
-            raise InputError(f"tokenizer.json has no token {missing}; fetch it again") from None
-        return cls(bpe_encoder(ids, split, normalizer), token_bytes, special, bos_id)
+class Llama3Tokenizer(Tokenizer):
+    """The same for a tokenizer.model, by tiktoken."""
 
+    def __init__(self, backend):
+        self.backend, self.special = backend, LLAMA3_SPECIAL
+        self.token = lambda i: backend.decode([i])
 
-def bytes_of(token, byte_level=True):
-    """The bytes that a token stands for, in either of the spellings of a tokenizer.json."""
-    if byte_level:
-        return b"".join(BYTES.get(char, char.encode()) for char in token)
-    if len(token) == 6 and token.startswith("<0x"):  # "<0x0A>" is a byte
-        return bytes([int(token[3:5], 16)])
-    return token.replace("\u2581", " ").encode()  # a low line marks a space
+    def encode(self, text, bos=True, special=False):
+        names = set(self.special) if special else set()
+        ids = self.backend.encode(text, allowed_special=names, disallowed_special=())
+        return [self.special["<|begin_of_text|>"]] * bos + ids
 
+    def decode(self, ids):
+        return self.backend.decode([i for i in ids if i < self.special["<|begin_of_text|>"]])
 
-def split_pattern(steps):
-    """The regular expression that cuts text as these steps do, or None if they are unknown here."""
-    match [{"use_regex": True, **step} for step in steps]:
-        case [{"type": "ByteLevel", "use_regex": True, "add_prefix_space": False}]:
-            return GPT2_SPLIT
-        case [{"type": "Digits", "individual_digits": True},
-              {"type": "ByteLevel", "use_regex": True, "add_prefix_space": False}]:
-            return DIGITS_SPLIT
-        case [{"type": "Split", "pattern": {"Regex": split}, "behavior": "Isolated",
-               "invert": False},
-              {"type": "ByteLevel", "use_regex": False, "add_prefix_space": False}]:
-            return split
-    return None
+# ---- Files of a model ----------------------------------------------------------------------------
 
+MODEL_FILES = ["config.json", "generation_config.json", "model*.safetensors", "*.index.json",
+               "tokenizer*", "special_tokens_map.json", "chat_template*", "dictionary.safetensors"]
 
-def bpe_encoder(ids, split, normalizer=None):
-    """Byte-level BPE as a function text -> ids. ids: token (bytes) -> id, in order of the merges.
+def find_folder(name_or_path, patterns=MODEL_FILES):
+    """Folder of a model: "tiny" (the embedded one), a local folder, or a Hub id (owner/name), whose
+    files of these patterns are fetched once and then found without a network."""
+    path = Path(name_or_path).expanduser()
+    if str(path) == "tiny":
+        return Path(__file__).parent / "tiny"
+    if path.is_dir():
+        return path
+    if path.exists() or len(path.parts) != 2 or path.is_absolute():
+        reason = "is a file" if path.exists() else "does not exist"
+        raise InputError(f"model '{name_or_path}' {reason}; give a folder in Hugging Face layout "
+                         "(config.json, model.safetensors, tokenizer.json), or a Hub id "
+                         "(owner/name); for a GGUF file, the model that it was made from")
+    import huggingface_hub as hub  # here, for it takes a while
+    with door(f"'{name_or_path}' is no folder here, and the Hub does not give it",
+              "check the name, the network and your login"):
+        return Path(hub.snapshot_download(str(path), allow_patterns=patterns))
 
-    A merge's place is its priority. tiktoken has one number for priority and id: it gets the
-    priority, which is then mapped to the id (some vocabularies follow no order).
-    """
-    ranks, to_id = {token: rank for rank, token in enumerate(ids)}, list(ids.values())
-    bpe = tiktoken.Encoding("bpe", pat_str=split, mergeable_ranks=ranks, special_tokens={})
+def missing(folder, name):
+    """The error that a folder lacks a file, and what to do."""
+    held = ", ".join(sorted(path.name for path in folder.iterdir())[:6]) or "nothing"
+    return InputError(f"model '{folder}' has no {name} (it holds {held}); give a folder in Hugging "
+                      "Face layout: transformers' from_pretrained and save_pretrained make one of "
+                      "GGUF, pickled weights, or vocab.json and merges.txt")
 
-    def encode_text(text):
-        text = unicodedata.normalize("NFC", text) if normalizer else text
-        return [to_id[rank] for rank in bpe.encode_ordinary(text)]
+def read_json(path, required=True):
+    """What a JSON file holds, a dict; {} if it may be absent and is."""
+    if not path.is_file() and required:
+        raise missing(path.parent, path.name)
+    with door(f"{path} is not readable JSON", "fetch it again"):
+        return dict(json.loads(path.read_text(encoding="utf-8"))) if path.is_file() else {}
 
-    return encode_text
+# ---- Programs: errors, arguments, devices, files that are whole or not there ---------------------
 
+class InputError(Exception):
+    """Bad input, in one line: the thing, the value, the way out. Programs print it and exit 2."""
 
-def hf_encoder(hf):
-    """The same for what tiktoken cannot run (Mistral 7B, Llama 2): by Hugging Face's package."""
+@contextmanager
+def door(what, way_out):
+    """Where something comes in from outside: whatever fails within is bad input."""
     try:
-        import tokenizers
-    except ImportError:
-        raise InputError("this tokenizer.json needs a package: pip install tokenizers") from None
-    other = tokenizers.Tokenizer.from_str(json.dumps(hf))
-    other.encode_special_tokens = True  # text stays text
-    return lambda text: other.encode(text, add_special_tokens=False).ids
+        yield
+    except InputError:
+        raise
+    except Exception as error:
+        reason = " ".join(str(error).split())
+        reason = reason if len(reason) < 500 else f"{reason[:250]} ... {reason[-250:]}"
+        raise InputError(f"{what} ({type(error).__name__}: {reason}); {way_out}") from None
 
+class Parser(argparse.ArgumentParser):
+    def error(self, message):
+        raise InputError(f"{message}; see --help")
 
-# --------------------------------------------------------------------------------------------------
-# Chat: a conversation in the form that the model was taught
+    def refuse(self, option, *others):
+        """Refuse options that would be ignored beside this one."""
+        given = {argument.partition("=")[0] for argument in sys.argv[1:]}
+        if option in given and given & set(others):
+            self.error(f"{option} and {', '.join(sorted(given & set(others)))} do not go together")
 
-ANSWER = "\ud800"  # stands for an answer: half a character, which no text holds
-LLAMA3_CHAT = ("<|begin_of_text|>{% for message in messages %}<|start_header_id|>"
-               "{{ message.role }}<|end_header_id|>\n\n{{ message.content | trim }}<|eot_id|>"
-               "{% endfor %}<|start_header_id|>assistant<|end_header_id|>{{ '\n\n' }}")
+def between(kind, least, most):
+    """A type for an argument: a number within least .. most."""
+    def number(text):
+        if not least <= kind(text) <= most:
+            raise argparse.ArgumentTypeError(f"{text} is outside {least} .. {most}")
+        return kind(text)
+    return number
 
+def best_device():
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
-class Chat:
-    """A model's chat template (Jinja), or Llama 3's for a model that has none but its tokens.
+def plain_text(text):
+    """A text as it means the same from every source: no byte order mark, lines end in a newline."""
+    return text.removeprefix("\ufeff").replace("\r\n", "\n").replace("\r", "\n")
 
-    Only the template writes special tokens: those that a user types are taken out.
-    """
+@contextmanager
+def output_file(path):
+    """A function that writes a file, whose place is taken before the work that makes its content.
 
-    def __init__(self, name_or_path, tokenizer):
-        settings = read_json(name_or_path, "tokenizer_config.json", required=False)
-        path = find_file(name_or_path, "chat_template.jinja", required=False)  # its newer place
-        template = path.read_text(encoding="utf-8") if path else settings.get("chat_template")
-        if isinstance(template, list):  # several, by name
-            template = {one["name"]: one["template"] for one in template}.get("default")
-        if not template and not tokenizer.special.keys() >= LLAMA3_SPECIAL.keys():
-            raise InputError(f"model '{name_or_path}' has no chat template, nor Llama 3's special "
-                             "tokens; use its instruct version, or --prompt")
-        self.name, self.template, self.tokenizer = name_or_path, template or LLAMA3_CHAT, tokenizer
-        self.variables = {key: value["content"] if isinstance(value, dict) else value
-                          for key, value in settings.items() if key.endswith("_token") and value}
-        longest_first = sorted(tokenizer.special, key=len, reverse=True)
-        self.special = re.compile(f"({'|'.join(map(re.escape, longest_first)) or '(?!)'})")
+    A temporary file beside it takes its name once all is written, and goes if nothing comes. A link
+    is followed. What is no ordinary file (a pipe, /dev/stdout) is written to as it is."""
+    path = part = Path(path)
+    with door(f"{path} cannot be written", "name a file in a folder that exists"):
+        if not path.exists() or path.is_file():
+            path = Path(os.path.realpath(path))
+            part = Path(f"{path}.{os.getpid()}.part")
+            part.open("xb").close()
+        elif path.is_dir():
+            raise IsADirectoryError("it is a folder")
 
-    def message(self, role, text):
-        while self.special.search(text):  # what surrounds one may, without it, form another
-            text = self.special.sub("", text)
-        return {"role": role, "content": text}
+    def write(data):
+        """Raises OSError."""
+        part.write_bytes(data)
+        if part != path:
+            os.replace(part, path)
 
-    def render(self, messages):
-        """The conversation as text, as far as the header of the answer to come."""
-        try:
-            import jinja2.sandbox
-        except ImportError:
-            raise InputError("--chat needs another package: pip install jinja2") from None
+    try:
+        yield write
+    finally:
+        if part != path:
+            part.unlink(missing_ok=True)
 
-        def refuse(reason):
-            raise jinja2.TemplateError(reason)
-
-        environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
-            trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"])
-        environment.globals.update(raise_exception=refuse, strftime_now=time.strftime)
-        try:
-            return environment.from_string(self.template).render(
-                messages=messages, add_generation_prompt=True, **self.variables)
-        except Exception as error:  # a template can fail in any way
-            raise InputError(f"the chat template of '{self.name}' does not take this conversation "
-                             f"({error}); fix it, or do without a system prompt") from None
-
-    def new_tokens(self, messages):
-        """Ids of what comes after the last answer (its end of turn is first), or of all. An answer
-        is a message that says ANSWER: its tokens have passed the model, and need no text again."""
-        text, ids = self.render(messages).rpartition(ANSWER)[2], []
-        for part in self.special.split(text):
-            ids += ([self.tokenizer.special[part]] if part in self.tokenizer.special else
-                    self.tokenizer.encode(part, bos=False))
-        return ids
-
+def run_program(main):
+    """Run a program: exit with what main returns, or with one line and 2 for bad input."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="replace")  # a terminal need not know every character
+    try:
+        sys.exit(main())
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except BrokenPipeError:  # whoever read our output has left
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(141)
+    except (InputError, MemoryError, RuntimeError) as error:
+        text = " ".join(str(error).split())
+        if isinstance(error, MemoryError) or "allocate" in text:  # that is how torch says it
+            text = ("out of memory; ask for a shorter prompt, a smaller batch or buffer, or learn "
+                    "from fewer tokens at a time")
+        elif not isinstance(error, InputError):
+            raise
+        if os.environ.get("LOCAL_RANK", "0") != "0":
+            time.sleep(10)  # rank 0 says it; then torchrun ends the others
+        else:
+            print(f"error: {text}", file=sys.stderr)
+        sys.exit(2)
 
 if __name__ == "__main__":
     model = Llama.from_pretrained("tiny", "cpu", torch.float32)

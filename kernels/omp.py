@@ -1,0 +1,144 @@
+"""Orthogonal matching pursuit in one launch.
+
+A step multiplies all atoms with all residuals, then does a little algebra on the atoms that won. In
+torch the products go to memory and back, to end as an index each. Here they stay in registers:
+
+- A program keeps the residuals of ROWS vectors in shared memory, as bf16 for the tensor cores, and
+  streams the dictionary past them, a tile of ATOMS atoms at a time, from the L2 cache.
+- Every register keeps its own maximum of |product|, and threads compare theirs once, after all
+  tiles. The lowest bits of that float are not its own: they are the number of the tile.
+- Only the choice of an atom sees bf16, which may swap two that are nearly as good. The refit is in
+  float32, and the next step chooses for what is really left.
+- Few vectors (one decoded token) would leave most of the GPU idle. So SPLIT programs, all running
+  at once, sweep a part of the dictionary each, and agree on the best atom by an atomic maximum."""
+
+import torch
+import triton
+import triton.language as tl
+
+ATOMS = tl.constexpr(64)  # of a tile
+
+
+@triton.jit
+def substitute(z, triangle, r, j, step, ROWS: tl.constexpr, S: tl.constexpr,
+               S_PADDED: tl.constexpr, LIMIT: tl.constexpr):
+    """Solve U c = z (ROWS, S_PADDED) from the last coefficient back; with LIMIT in steps, rounded:
+    adding 1.5 * 2^23 leaves a float no room for a fraction."""
+    for i in range(S):
+        k = S - 1 - i
+        U = tl.load(triangle + (k * ROWS + r) * S_PADDED + j, mask=j <= k, other=0.0)
+        c = tl.sum(tl.where(j == k, z * U, 0), axis=1)[:, None]  # 1 / U[k, k] is stored there
+        if LIMIT > 0:
+            c = tl.minimum(tl.maximum(c / step, -LIMIT), LIMIT) + 12582912.0 - 12582912.0
+        z = tl.where(j == k, c, z - U * (c * step))
+    return z
+
+
+@triton.jit(do_not_specialize=["items", "B"])
+def omp_kernel(Y, D, D_half, scratch, sync, indices, coefficients, exponents, items, B,
+               SIZE: tl.constexpr, N: tl.constexpr, M: tl.constexpr, S: tl.constexpr,
+               S_PADDED: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+               TILE_BITS: tl.constexpr, SPLIT: tl.constexpr, LIMIT: tl.constexpr):
+    """OMP of B vectors for each dictionary; an item of work is ROWS vectors of one of them."""
+    TILES: tl.constexpr = N // ATOMS // SPLIT
+    part, items_each = tl.program_id(0) % SPLIT, tl.cdiv(B, ROWS)  # items of each dictionary
+    r, m, j = tl.arange(0, ROWS)[:, None], tl.arange(0, M)[None, :], tl.arange(0, S_PADDED)[None, :]
+    residual = scratch + tl.program_id(0).to(tl.int64) * SIZE  # (ROWS, M), the program's own
+    basis = residual + ROWS * M  # (S, ROWS, M)
+    triangle = basis + S * ROWS * M  # (S + 1, ROWS, S_PADDED): columns of U (A = U^T Q), then Q y
+    chosen = triangle + (S + 1) * ROWS * S_PADDED  # (ROWS, S_PADDED) atoms
+    for item in range(tl.program_id(0) // SPLIT, items, tl.num_programs(0) // SPLIT):
+        dictionary, group = (item // items_each).to(tl.int64), item % items_each
+        vector, real = dictionary * B + group * ROWS + r, r < B - group * ROWS  # (ROWS, 1)
+        tl.store(residual + r * M + m, tl.load(Y + vector * M + m, mask=real, other=0.0))
+        for k in range(S):
+            # 1. The choice of the atom with the largest |<r, d_n>|. Every other step begins with
+            # the last tile, which the step before may have left in the L2 cache.
+            tl.debug_barrier()
+            atoms, columns = D_half + dictionary * N * M, tl.load(residual + r * M + m)
+            first_tile, backward = part * TILES, k % 2 == 1
+            in_tile = tl.arange(0, ATOMS)[:, None] * M + m
+            columns = tl.trans(columns.to(D_half.dtype.element_ty))  # (M, ROWS): the residuals
+            largest = tl.zeros([ATOMS, ROWS], tl.int32)
+            for t in range(TILES):
+                tile = first_tile + tl.where(backward, TILES - 1 - t, t)
+                product = tl.dot(tl.load(atoms + tile * ATOMS * M + in_tile), columns)
+                # As integers, which sort like positive floats, without the sign and lowest bits.
+                absolute = product.to(tl.int32, bitcast=True) & (0x7FFFFFFF - TILE_BITS)
+                largest = tl.maximum(largest, absolute | tile)  # (ATOMS, ROWS)
+            value, best = tl.max(largest, axis=0, return_indices=True)  # (ROWS,)
+            value, best = value[:, None], ((value & TILE_BITS) * ATOMS + best)[:, None]
+            if SPLIT > 1:
+                agreed = sync + items + vector * S + k  # behind a counter for each item
+                tl.atomic_max(agreed, (value.to(tl.int64) << 32) | best, mask=real)
+                tl.debug_barrier()
+                tl.atomic_add(sync + item, 1, sem="release")
+                while tl.atomic_add(sync + item, 0, sem="acquire") < SPLIT * (k + 1):
+                    pass
+                agreed = tl.load(agreed, mask=real, other=0, cache_modifier=".cg")
+                best = (agreed & 0xFFFFFFFF).to(tl.int32)
+            tl.store(chosen + r * S_PADDED + k, best.to(tl.float32))  # exact up to 2^24
+            tl.debug_barrier()
+            for b in range(ROWS // BLOCK):  # as many vectors at a time as registers hold
+                a = b * BLOCK + tl.arange(0, BLOCK)[:, None]
+                here, corner = a * M + m, a * S_PADDED
+                # 2. Gram-Schmidt: what of the new atom is orthogonal to those chosen before. If it
+                # is one of them, nothing: its coefficient is 0. Loads come well before their use.
+                rest, next_q = tl.load(residual + here), tl.load(basis + here)
+                new = tl.load(chosen + corner + k).to(tl.int32)  # (BLOCK, 1)
+                atom = tl.load(D + (dictionary * N + new) * M + m).to(tl.float32)  # (BLOCK, M)
+                for i in range(k):
+                    q, next_q = next_q, tl.load(basis + (i + 1) * ROWS * M + here)
+                    p = tl.sum(atom * q, axis=1)[:, None]
+                    atom -= p * q
+                    tl.store(triangle + k * ROWS * S_PADDED + corner + i, p)
+                norm2 = tl.sum(atom * atom, axis=1)[:, None]
+                scale = tl.where(norm2 > 1e-8, 1 / tl.sqrt(tl.maximum(norm2, 1e-8)), 0.0)
+                tl.store(triangle + k * ROWS * S_PADDED + corner + k, scale)  # 1 / U[k, k]
+                # 3. The refit: take the new direction out of the residual.
+                q = atom * scale
+                tl.store(basis + k * ROWS * M + here, q)
+                projection = tl.sum(rest * q, axis=1)[:, None]
+                tl.store(residual + here, rest - projection * q)
+                tl.store(triangle + S * ROWS * S_PADDED + corner + k, projection)
+        tl.debug_barrier()
+        # 4. The coefficients.
+        z = tl.load(triangle + (S * ROWS + r) * S_PADDED + j, mask=j < S, other=0.0)
+        c = substitute(z, triangle, r, j, 1.0, ROWS, S, S_PADDED, 0)
+        if LIMIT > 0:
+            e = tl.floor(16 * (tl.log2(tl.max(tl.abs(c), axis=1)[:, None] / LIMIT) + 8) + 0.5)
+            e = tl.minimum(tl.maximum(e, 0.0), 255.0)  # (ROWS, 1)
+            c = substitute(z, triangle, r, j, tl.exp2(e / 16 - 8), ROWS, S, S_PADDED, LIMIT)
+            tl.store(exponents + vector, e.to(tl.int64), mask=real)
+        if part == 0:
+            final = tl.load(chosen + r * S_PADDED + j, mask=j < S, other=0.0).to(tl.int64)
+            tl.store(indices + vector * S + j, final, mask=real & (j < S))
+            tl.store(coefficients + vector * S + j, c.to(coefficients.dtype.element_ty),
+                     mask=real & (j < S))
+
+
+def launch(D, Y, sparsity, bits=0):
+    """omp_fused on a GPU; None for what the kernel is not made for."""
+    (L, N, m), B, padded = D.shape, Y.shape[1], triton.next_power_of_2(sparsity)
+    if (N % ATOMS.value or N > 2**15 or m not in (64, 128) or sparsity > 32 or Y.numel() == 0
+            or D.dtype not in (torch.bfloat16, torch.float32) or Y.dtype == torch.float64):
+        return None
+    # Few vectors want many loads in flight; many vectors want three programs on a processor.
+    rows, block, stages = (16, 16, 4) if B <= 32 else (32, 32, 3) if B <= 128 else (64, 32, 3)
+    processors = torch.cuda.get_device_properties(D.device).multi_processor_count
+    tiles, items, split = N // ATOMS.value, L * triton.cdiv(B, rows), 1
+    while 2 * split * items <= processors and tiles % (2 * split) == 0:
+        split *= 2
+    size = rows * ((1 + sparsity) * m + (2 + sparsity) * padded)  # scratch of a program, in numbers
+    programs = min(items * split, 3 * processors, 2**26 // size)  # 256 MB serve any number of items
+    scratch = D.new_empty(programs * size, dtype=torch.float32)
+    sync = D.new_zeros(items + L * B * sparsity if split > 1 else 1, dtype=torch.int64)
+    indices, exponents = (D.new_empty(L, B, n, dtype=torch.int64) for n in (sparsity, 1))
+    coefficients = D.new_empty(L, B, sparsity, dtype=torch.int64 if bits else torch.float32)
+    D_half = D.bfloat16() if D.is_cuda else D  # Triton's interpreter cannot multiply in bf16
+    omp_kernel[(programs,)](
+        Y.float().contiguous(), D.contiguous(), D_half.contiguous(), scratch, sync, indices,
+        coefficients, exponents, items, B, size, N, m, sparsity, padded, rows, block,
+        triton.next_power_of_2(tiles) - 1, split, 2.0 ** (bits - 1) - 1 if bits else 0,
+        num_warps=4, num_stages=stages, maxnreg=168 if B > 128 else None)
+    return (indices, coefficients, exponents) if bits else (indices, coefficients)
