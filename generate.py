@@ -3,8 +3,7 @@
     python generate.py --prompt "Once upon a time" --sparsity 8
 
 A line for each token: the time of its forward pass, the time of coding, and the bytes of the cache
-beside those of a dense one in 16 bits. --dense runs the usual cache, --compare runs both, --chat
-holds a conversation over one cache."""
+beside those of a dense one. --compare runs both caches, --chat holds a conversation over one."""
 
 import functools
 import importlib.util
@@ -23,9 +22,9 @@ import torch.nn.functional as F
 from kernels.graphs import Recorded
 from kernels.parallel import from_rank_0, parallelize, world
 from lexico import CODINGS, DenseCache, Dictionaries, SparseCache
-from model import (InputError, Llama, Parser, Tokenizer, between, compile_layers, door, find_folder,
-                   output_file, plain_text, run_program)
+from model import InputError, Llama, Tokenizer, door, find_folder
 from omp import omp, omp_beam
+from train_dict import Parser, between, output_file, plain_text, run_program
 
 # ---- Decoding ------------------------------------------------------------------------------------
 
@@ -51,8 +50,8 @@ def clock(device):
     return time.perf_counter()
 
 def peak_memory(device):
-    """Bytes in use at most since the last call: on a GPU of tensors, else of the process (on Linux;
-    elsewhere since it began)."""
+    """Bytes in use at most since the last call: on a GPU of tensors, else (on Linux, where it can be
+    asked; 0 elsewhere) of the process."""
     if device.type == "cuda":
         peak = torch.cuda.max_memory_allocated(device)
         torch.cuda.reset_peak_memory_stats(device)
@@ -62,21 +61,17 @@ def peak_memory(device):
         Path("/proc/self/clear_refs").write_text("5")  # the peak counts from here
         return 1024 * int(peak)
     except OSError:
-        import resource  # which Windows has not
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (
-            1 if sys.platform == "darwin" else 1024)
+        return 0
 
 @torch.inference_mode()
 def generate(model, cache, prompt, count, choose, record=False, ends=()):
-    """Run the prompt (B, T), then decode: `count` new tokens in all, or up to one of `ends` in the
-    first sequence. Yields for each one a dict of
+    """Run the prompt (B, T) in one piece, then decode: `count` new tokens in all, or up to one of
+    `ends` in the first sequence. choose(logits) gives the next tokens. record: whether steps become
+    CUDA graphs: then the cache must have room for all tokens. Yields for each new token, the prompt
+    being the first one's forward pass, a dict of
 
         tokens (B,), logits (B, vocab), forward and coding in seconds, bytes (the cache's nbytes),
-        memory (see peak_memory).
-
-    The first one's forward pass is the prompt's, which goes in one piece: it attends exactly, and
-    one layer's activations bound the memory that it takes. choose(logits) gives the next tokens
-    (B,). record: whether steps become CUDA graphs: then the cache must have room for all tokens."""
+        memory (see peak_memory)"""
     device, sparse = prompt.device, isinstance(cache, SparseCache)
     token = prompt[:, -1:].clone()  # (B, 1): a step's input
     may_record = lambda: record and cache.replayable
@@ -108,10 +103,6 @@ def size(nbytes):
     power = min(3, (len(str(int(nbytes))) - 1) // 3)
     return f"{nbytes / 1000**power:.{min(power, 1)}f} {('B', 'kB', 'MB', 'GB')[power]}"
 
-def shares(cache):
-    """What a cache (its nbytes) takes of a dense 16-bit one, and its codes of a 16-bit vector."""
-    return (cache["total"] / cache["dense"], cache["vector"]) if "vector" in cache else (1.0, 1.0)
-
 def summary(steps, ended, prompt):
     """What a run took: a dict of plain numbers, in seconds and bytes."""
     # A step, once all is warm: in the second half.
@@ -126,18 +117,17 @@ def summary(steps, ended, prompt):
 
 def describe(name, s):
     """A summary, as one reads it."""
-    cache, (whole, vector) = s["cache"], shares(s["cache"])
-    parts = constant = ""
-    if "codes" in cache:
-        parts = (f", codes {size(cache['codes'])}, buffer {size(cache['buffer'])}: {whole:.1%} of a "
-                 f"dense 16-bit cache ({size(cache['dense'])}), a coded vector {vector:.1%} of one")
-        constant = f", with {size(cache['dictionaries'])} of dictionaries, the same for any context"
+    cache = {part: size(n) if n > 1 else f"{n:.1%}" for part, n in s["cache"].items()}
+    share = f"{s['cache']['total'] / s['cache']['dense']:.1%}"
+    parts, constant = ((f", codes {cache['codes']}, buffer {cache['buffer']}: {share} of a dense "
+                        f"16-bit cache ({cache['dense']}), a coded vector {cache['vector']} of one",
+                        f", {cache['dictionaries']} of it dictionaries, for any context and batch")
+                       if "codes" in cache else ("", ""))
     return (f"{name}: {s['prompt_tokens']} + {s['new_tokens']} tokens, {s['ended']}\n"
             f"  time      prefill {1e3 * s['prefill']:.1f} ms, then {1e3 * s['mean']:.2f} ms a "
             f"token (median {1e3 * s['median']:.2f}, 95 % within {1e3 * s['p95']:.2f}), "
             f"{s['tokens_per_second']:.1f} tokens/s\n"
-            f"  cache     {size(cache['total'])}{parts}\n"
-            f"  allocated {size(cache['allocated'])}{constant}\n"
+            f"  cache     {cache['total']}{parts}\n  allocated {cache['allocated']}{constant}\n"
             f"  memory    at most {size(s['prefill_memory'])} in use for the prompt, then "
             f"{size(s['peak_memory'])}")
 
@@ -160,10 +150,10 @@ class Chat:
     Only the template writes special tokens: those that a user types are taken out."""
 
     def __init__(self, name_or_path, tokenizer):
-        with door("--chat needs more packages", "pip install transformers jinja2"):
+        with door(f"the chat template of '{name_or_path}' cannot be read",
+                  "--chat needs pip install transformers jinja2, and a model's whole folder"):
             import jinja2, transformers  # noqa: E401, F401
-        transformers.logging.set_verbosity_error()
-        with door(f"the tokenizer of '{name_or_path}' does not load in transformers", "fetch it again"):
+            transformers.logging.set_verbosity_error()
             self.hf = transformers.PreTrainedTokenizerFast.from_pretrained(find_folder(name_or_path))
         if not self.hf.chat_template:
             raise InputError(f"model '{name_or_path}' has no chat template; use its instruct "
@@ -284,8 +274,8 @@ def parse_arguments():
     add("--quiet", action="store_true", help="print the text and nothing else")
     add("--json", metavar="FILE", help="write all figures there too")
     args = parser.parse_args()
-    parser.refuse("--dense", "--dictionary", "--sparsity", "--buffer", "--window", "--sinks",
-                  "--coding", "--beam", "--pursuit", "--compare")
+    cache = "--sparsity", "--buffer", "--window", "--sinks", "--coding", "--beam", "--pursuit"
+    parser.refuse("--dense", "--dictionary", "--compare", *cache)
     parser.refuse("--chat", "--prompt", "--prompt-file", "--batch", "--compare", "--json")
     parser.refuse("--prompt", "--prompt-file")
     parser.refuse("--beam", "--pursuit")
@@ -304,9 +294,8 @@ def load(args):
     dictionaries, line = None, "the usual cache: keys and values as they are"
     if not args.dense:
         path, asked = args.dictionary or Dictionaries.find(args.model), args.sparsity
-        dictionaries = Dictionaries.load(path, args.device).check(model.config)
-        if args.device.type == "cuda":  # as in the file; the kernels multiply it so
-            dictionaries.atoms = dictionaries.atoms.bfloat16()
+        kept = torch.bfloat16 if args.device.type == "cuda" else torch.float32  # as kernels multiply
+        dictionaries = Dictionaries.load(path, args.device, kept).check(model.config)
         if isinstance(asked, float):
             args.sparsity, asked = dictionaries.allocate(asked, args.coding), f"auto:{asked:.0%}"
         line = (f"dictionary {path}: N = {dictionaries.atoms.shape[2]}, coding {args.coding}, "
@@ -319,42 +308,41 @@ def main():
     args = parse_arguments()
     with output_file(args.json) if args.json and args.rank == 0 else nullcontext() as write:
         model, tokenizer, dictionaries, line = load(args)
-        config, name = model.config, "dense" if args.dense else "sparse"
+        config, say = model.config, (lambda text: None) if args.quiet else print
         model.verbose = not args.quiet
         if args.compile:
             compile_layers()
 
-        def new_cache(name, capacity=0):
-            if name == "dense":
+        def new_cache(dense, capacity=0):
+            if dense:
                 return DenseCache(config, args.batch, capacity, args.device, model.norm.weight.dtype)
             return SparseCache(config, dictionaries, args.sparsity, args.buffer, args.window,
                                args.sinks, args.batch, capacity, args.coding, args.pursuit,
                                torch.bfloat16)
 
         if args.chat:
-            return chat(args, model, tokenizer, new_cache(name))
+            return chat(args, model, tokenizer, new_cache(args.dense))
         ids = tokenizer.encode(from_rank_0(lambda: read_prompt(args)))
         tokenizer.check(ids, config)
         if len(ids) > config.context:
             raise InputError(f"the prompt has {len(ids)} tokens, more than the model's context of "
                              f"{config.context}; shorten it")
         prompt = torch.tensor([ids], device=args.device).repeat(args.batch, 1)  # (B, T)
-        count = min(args.max_new_tokens, config.context - len(ids) + 1)
-        ends = set(config.eos_ids)
+        count, ends = min(args.max_new_tokens, config.context - len(ids) + 1), set(config.eos_ids)
+        record = args.device.type == "cuda" and args.ranks == 1
 
-        def start(name, choose):
+        def start(dense, choose):
             """The steps of a new run, one by one."""
-            record = args.device.type == "cuda" and args.ranks == 1
-            return generate(model, new_cache(name, len(ids) + count), prompt, count, choose, record,
+            return generate(model, new_cache(dense, len(ids) + count), prompt, count, choose, record,
                             ends)
 
-        def run(name, show=lambda step: None):
+        def run(dense, show=lambda step: None):
             """Generate with one cache: the list of steps, and their summary."""
             steps, ended = [], "context full" if count < args.max_new_tokens else "as asked for"
             try:
                 if args.compare:  # so that what is measured awaits no compiler
-                    next(start(name, sampler(args)))
-                for step in start(name, sampler(args)):
+                    next(start(dense, sampler(args)))
+                for step in start(dense, sampler(args)):
                     step["logits"] = step["logits"].cpu()  # off the memory that is measured
                     steps.append(step)
                     show(step)
@@ -366,33 +354,35 @@ def main():
                 ended = "interrupted"
             return steps, summary(steps, ended, prompt)
 
-        say, stream, tokens = (lambda text: None) if args.quiet else print, tokenizer.stream(), []
+        tokens, stream = [], tokenizer.stream()
 
         def show(step):
             tokens.append(step["tokens"][0].item())
-            piece, (whole, vector) = stream(tokens[-1]), shares(step["bytes"])
+            piece, cache = stream(tokens[-1]), step["bytes"]
+            whole = 1 if args.dense else cache["total"] / cache["dense"]
             print(piece if args.quiet else
                   f"{len(tokens):5d}  {piece!r:16.16}  {step['forward'] * 1e3:9.2f}  "
-                  f"{step['coding'] * 1e3:9.2f}  {vector:8.1%}  {size(step['bytes']['total']):>9}  "
-                  f"{whole:8.1%}\n", end="", flush=True)
+                  f"{step['coding'] * 1e3:9.2f}  {cache.get('vector', 1):8.1%}  "
+                  f"{size(cache['total']):>9}  {whole:8.1%}\n", end="", flush=True)
 
         say(f"{line}\n step  token             forward ms  coding ms  a vector      cache  of dense")
-        steps, first = run(name, show)
+        name, (steps, first) = "dense" if args.dense else "sparse", run(args.dense, show)
         figures = {"text": tokenizer.decode(tokens), name: first}
         print(stream(None))
         say(f"{tokenizer.decode(ids)}{figures['text']}\n\n{describe(name, first)}")
         if args.compare and first["ended"] != "interrupted":
-            dense, figures["dense"] = run("dense")
-            say(describe("dense", figures["dense"]))
+            dense, figures["dense"] = run(True)
             given = iter(dense)
-            forced = start("sparse", lambda logits: next(given)["tokens"])
+            forced = start(False, lambda logits: next(given)["tokens"])
             figures["agreement"] = same = agreement(steps, dense, forced)
-            say(f"agreement: the first {same['shared_tokens']} tokens are shared. Along the dense "
-                f"text, mean KL(dense || sparse) is {same['kl']:.4f} and the likeliest token the "
-                f"same {same['top1']:.1%} of the time")
+            say(f"{describe('dense', figures['dense'])}\nagreement: the first "
+                f"{same['shared_tokens']} tokens are shared. Along the dense text, mean "
+                f"KL(dense || sparse) is {same['kl']:.4f} and the likeliest token the same "
+                f"{same['top1']:.1%} of the time")
         if write:
-            figures["steps"] = [{"token": token, "forward": step["forward"], "coding":
-                                 step["coding"], **step["bytes"]} for token, step in zip(tokens, steps)]
+            figures["steps"] = [
+                {"token": token, "forward": step["forward"], "coding": step["coding"],
+                 **step["bytes"]} for token, step in zip(tokens, steps)]
             with door(f"--json {args.json} cannot be written", "name a file where there is room"):
                 write((json.dumps(figures, indent=1) + "\n").encode())
         return 130 if first["ended"] == "interrupted" else 0

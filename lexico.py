@@ -12,13 +12,12 @@ Attention needs neither K nor V back. With q one query, and t running over the c
     out = sum_t p_t v_t  becomes  w D_v,   w_n = sum of p_t z_tj over all (t, j) with n_tj = n
 
 so both work on tables of N numbers. The newest tokens stay dense in a buffer, and a softmax runs
-over both parts together. A prompt attends exactly, and is coded layer by layer as it passes.
-
-Ours, beside the published method: words and levels (WordCodes), a sparsity for each dictionary
-(Dictionaries.allocate), sinks. `python lexico.py` shows what sparsity costs and saves."""
+over both parts together. A prompt attends exactly, and is coded layer by layer as it passes. Ours,
+beside the published method: words of levels, a sparsity for each dictionary, dense first tokens."""
 
 import functools
 import json
+import os
 from pathlib import Path
 
 import numpy as np
@@ -29,7 +28,7 @@ from safetensors.torch import save
 from torch.nn.attention.bias import causal_lower_right
 
 from kernels import attend_fused
-from model import InputError, Llama, Tokenizer, best_device, door, find_folder, output_file
+from model import InputError, Llama, Tokenizer, best_device, door, find_folder
 from omp import omp, omp_beam, omp_levels
 
 KEYS, VALUES = 0, 1  # the first dimension of everything that exists for both
@@ -41,44 +40,51 @@ PIECE, QUERIES = 2**21, 16  # numbers that attention over codes holds at a time,
 class Dictionaries:
     """The 2 L dictionaries of a model, with what is known of their making.
 
-    atoms: (2, L, N, m), unit norm. scale: (2, L), what a stored coefficient of 1 stands for, so
-    that 8 bits serve large keys and small values alike. shape: see shape_of."""
+    atoms: (2, L, N, M), unit norm. M = heads x head_dim: so many KV heads of a layer make one vector
+    (1 in the paper). scale: (2, L), what a stored coefficient of 1 stands for, so that 8 bits serve
+    large keys and small values alike. shape: of the model (see shape_of)."""
 
     def __init__(self, atoms, scale, shape, **metadata):
         self.atoms, self.scale, self.shape, self.metadata = atoms, scale, shape, metadata
+        self.heads = atoms.shape[3] // shape["head_dim"]
 
     def check(self, config):
         """Raise InputError unless these were learned for a model of this shape."""
         for name, wanted in shape_of(config).items():
             if self.shape.get(name) != wanted:
-                raise InputError(f"the dictionary was learned for {self.metadata.get('model')}, of "
-                                 f"{name} = {self.shape.get(name)}, not {wanted}; give --dictionary"
-                                 ", or learn one for this model with train_dict.py")
+                raise InputError(f"the dictionary was learned for {self.metadata.get('model')}, where "
+                                 f"{name} = {self.shape.get(name)}, not {wanted}; learn one for this "
+                                 "model with train_dict.py")
+        if config.kv_heads % self.heads:
+            raise InputError(f"the dictionary codes {self.heads} heads as one vector, which does not "
+                             f"divide the {config.kv_heads} KV heads here; learn another one")
         return self
 
     def allocate(self, share, coding):
         """Sparsity (2, L) of each dictionary, so that a vector takes `share` of its 16-bit bytes on
         average and the model's output suffers least. Ours: it halves the divergence, and more.
 
-        train_dict.py measured the divergence that each dictionary alone causes, at two
-        sparsities. It falls about exponentially as they grow, and the divergences of several
-        dictionaries about add up: so spend bytes, step by step, where they help most. Few
-        sparsities are on offer, for dictionaries of equal sparsity are coded at once."""
+        train_dict.py measured the divergence that each dictionary alone causes at a few sparsities.
+        Between them it falls about exponentially, and the divergences of several dictionaries about
+        add up: so spend bytes, step by step, where they help most. Few sparsities are on offer, for
+        dictionaries of equal sparsity are coded at once."""
         if "divergence" not in self.metadata:
             raise InputError("this dictionary holds no divergences to allocate sparsity by; give "
                              "--sparsity a number, or learn it anew with train_dict.py")
-        m, (low, high) = self.atoms.shape[3], self.metadata["divergence"]["sparsity"]
-        kl = np.log(np.maximum(self.metadata["divergence"]["kl"], 1e-9)).reshape(-1, 2)  # (2 L, 2)
-        offers = np.array(sorted({-(-m * i // 64) for i in (2, 3, 4, 6, 8, 11, 15, 20, 26)}))
-        harm = np.exp(kl[:, :1] + (kl[:, 1:] - kl[:, :1]) * (offers - low) / (high - low))
+        M, tried = self.atoms.shape[3], np.array(self.metadata["divergence"]["sparsity"])
+        kl = np.log(np.maximum(self.metadata["divergence"]["kl"], 1e-9)).reshape(-1, len(tried))
+        offers = np.array(sorted({-(-M * i // 64) for i in (2, 3, 4, 6, 8, 11, 15, 20, 26)}))
+        after = np.searchsorted(tried, offers).clip(1, len(tried) - 1)  # a measured one, and before
+        slope = (kl[:, after] - kl[:, after - 1]) / (tried[after] - tried[after - 1])
+        harm = np.exp(kl[:, after - 1] + slope * (offers - tried[after - 1]))  # (2 L, offers)
         size = np.array([CODINGS[coding].nbytes_each(s) for s in offers])
-        if not size[0] <= 2 * m * share <= size[-1]:
-            raise InputError(f"--sparsity auto:{100 * share:g}% is outside {size[0] / (2 * m):.1%} "
-                             f".. {size[-1] / (2 * m):.1%}, what coding {coding} offers")
-        left = (2 * m * share - size[0]) * len(harm)  # bytes
+        if not size[0] <= 2 * M * share <= size[-1]:
+            raise InputError(f"--sparsity auto:{100 * share:g}% is outside {size[0] / (2 * M):.1%} "
+                             f".. {size[-1] / (2 * M):.1%}, what coding {coding} offers")
+        left = (2 * M * share - size[0]) * len(harm)  # bytes
         cost, taken = np.diff(size), np.zeros(len(harm), int)
-        gain = -np.diff(harm) / cost  # for a byte, (2 L, steps); it falls from step to step
-        for best in np.argsort(-gain, axis=None):
+        gain = np.minimum.accumulate(-np.diff(harm) / cost, axis=1)  # for a byte; it never rises
+        for best in np.argsort(-gain, axis=None, kind="stable"):
             dictionary, step = divmod(best, len(cost))
             if taken[dictionary] == step and cost[step] <= left:
                 taken[dictionary] += 1
@@ -93,8 +99,8 @@ class Dictionaries:
 
     def save(self, path):
         """Write one safetensors file; a reader never sees half of it."""
-        with output_file(path) as write:
-            write(self.serialise())
+        Path(f"{path}.part").write_bytes(self.serialise())
+        os.replace(f"{path}.part", path)
 
     @classmethod
     def load(cls, path, device="cpu", dtype=torch.float32):
@@ -105,33 +111,33 @@ class Dictionaries:
             path = find_folder(path, ["dictionary.safetensors"]) / "dictionary.safetensors"
         if not path.is_file():
             raise InputError(f"dictionary '{path}' does not exist; learn one with train_dict.py")
-        with door(f"dictionary '{path}' is damaged", "learn it again"), safe_open(path, "pt") as file:
-            header = file.metadata() or {}
-            if header.get("format") != FORMAT:
-                raise InputError(f"'{path}' is not a dictionary of format {FORMAT}; give a file "
-                                 "that train_dict.py wrote")
-            atoms, scale = torch.stack([file.get_tensor(kind) for kind in ("keys", "values")]
-                                       ).to(dtype), file.get_tensor("scale")
-            about = json.loads(header["about"])
-            shape, (_, L, _, m) = about.pop("shape"), atoms.shape
-            if (L, m) != (shape["n_layers"], shape["head_dim"]) or scale.shape != (2, L):
-                raise ValueError(f"shape {tuple(atoms.shape)}")
-            if not (atoms.isfinite().all() and scale.isfinite().all() and (scale > 0).all()):
-                raise ValueError("an atom or a scale is no finite number, or a scale is not over 0")
-            if "divergence" in about:
-                kl, tried = (np.array(about["divergence"][key], float) for key in ("kl", "sparsity"))
-                if kl.shape != (2, L, 2) or not (kl >= 0).all() or not 0 < tried[0] < tried[1]:
-                    raise ValueError("its divergences are not two for each dictionary")
+        with door(f"dictionary '{path}' is damaged", "learn it again"):
+            with safe_open(path, "pt") as file:
+                header = file.metadata() or {}
+                if header.get("format") != FORMAT:
+                    raise InputError(f"'{path}' is not a dictionary of format {FORMAT}; give one that "
+                                     "train_dict.py wrote")
+                keys, values, scale = map(file.get_tensor, ("keys", "values", "scale"))
+            atoms, about = torch.stack((keys, values)).to(dtype), json.loads(header["about"])
+            shape, (L, _, M) = about.pop("shape"), keys.shape
+            harm = about.get("divergence", {"kl": np.ones((2, L, 2)), "sparsity": (1, 2)})
+            kl, tried = (np.array(harm[name], float) for name in ("kl", "sparsity"))
+            if not (shape["n_layers"] == L and M % shape["head_dim"] == 0 and scale.shape == (2, L)
+                    and kl.shape == (2, L, len(tried)) and (kl >= 0).all() and len(tried) > 1
+                    and (np.diff(tried, prepend=0) > 0).all() and (scale > 0).all()
+                    and atoms.isfinite().all() and scale.isfinite().all()):
+                raise ValueError("NaN, a scale that is not above 0, or shapes that do not agree")
         return cls(atoms.to(device), scale.to(device), shape, **about)
 
     @classmethod
     def find(cls, model):
-        """Path of the dictionary that lies in a model's folder."""
-        path = find_folder(model) / "dictionary.safetensors"
-        if not path.is_file():
-            raise InputError(f"no dictionary is known for model '{model}'; give --dictionary or "
-                             f"--dense, or learn one: python train_dict.py --model {model}")
-        return path
+        """Path of the dictionary that lies in a model's folder, or for it in dictionaries/."""
+        name = f"dictionaries/*--{Path(model).name}.safetensors"
+        for path in [find_folder(model) / "dictionary.safetensors", *Path(__file__).parent.glob(name)]:
+            if path.is_file():
+                return path
+        raise InputError(f"no dictionary is known for model '{model}'; give --dictionary or --dense, "
+                         f"or learn one: python train_dict.py --model {model}")
 
 def shape_of(config):
     """What must agree between a dictionary and a model. A layer's heads share its atoms."""
@@ -143,9 +149,9 @@ def shape_of(config):
 class Codes:
     """The coded vectors of one dictionary, (B, H, capacity) of them, with s coefficients each.
 
-    D: (N, m) atoms. scale: (), what a stored coefficient of 1 stands for. parts: two tensors,
+    D: (N, M) atoms. scale: (), what a stored coefficient of 1 stands for. parts: two tensors,
     (B, H, capacity, .), whose last dimension and type a subclass names in `columns`. It also says
-    how vectors Y (n, B, m) over D (n, N, m) become parts, and parts indices and coefficients."""
+    how vectors Y (n, B, M) over D (n, N, M) become parts, and parts indices and coefficients."""
 
     def __init__(self, D, scale, sparsity, batch, kv_heads):
         self.D, self.scale, self.sparsity, self.bits = D, scale, sparsity, self.level_bits(len(D))
@@ -182,6 +188,8 @@ class FP8Codes(Codes):
 
     most_atoms, level_bits = 2**15, staticmethod(lambda n_atoms: 0)
     columns = staticmethod(lambda s: ((s, torch.int16), (s, torch.float8_e4m3fn)))
+    # What the 256 bytes mean. (A look-up: torch converts FP8 slowly on a CPU.)
+    numbers = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn).float()
 
     @staticmethod
     def encode(D, Y, sparsity, pursuit):
@@ -189,8 +197,8 @@ class FP8Codes(Codes):
         return indices, z.clamp(-448, 448)
 
     def decode(self, indices, coefficients):
-        numbers = e4m3_numbers(indices.device)
-        floats = numbers.index_select(0, coefficients.view(torch.uint8).flatten().int())
+        which = coefficients.view(torch.uint8).flatten().int()
+        floats = self.numbers.to(which.device).index_select(0, which)
         return indices.int(), floats.view(indices.shape)
 
 class WordCodes(Codes):
@@ -215,11 +223,6 @@ class WordCodes(Codes):
 
 CODINGS = {"fp8": FP8Codes, "word": WordCodes}
 
-@functools.lru_cache(None)
-def e4m3_numbers(device):
-    """The 256 numbers that a byte can mean. (A look-up: torch converts FP8 slowly on a CPU.)"""
-    return torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn).float().to(device)
-
 # ---- Attention over codes ------------------------------------------------------------------------
 
 def attend_codes(q, key_codes, value_codes, compressed, keys, values, seen):
@@ -228,36 +231,51 @@ def attend_codes(q, key_codes, value_codes, compressed, keys, values, seen):
     q: (B, G H, T, m). key_codes, value_codes: Codes, of which the first `compressed` tokens count
     (a number, or a tensor () on the device). keys, values: (B, H, S, m), dense, where seen (T, S).
     Returns the output, shaped as q. Queries are taken a few at a time, and tokens in pieces: what
-    is held beside the scores stays small, whatever the context."""
-    (B, _, T, m), P, n = q.shape, keys.shape[0] * keys.shape[1], int(compressed)
-    Dk, Dv = key_codes.D.float(), value_codes.D.float()  # (N, m)
-    x = q.reshape(P, -1, T, m).float() / m**0.5  # (P, G, T, m), P = B H
-    keys, values = keys.flatten(0, 1).float(), values.flatten(0, 1).float()  # (P, S, m)
-    size = max(1, PIECE // (P * x.shape[1] * min(T, QUERIES) * value_codes.sparsity))
+    is held beside the scores stays small, whatever the context.
+
+    If a vector holds several heads, as M = heads x m numbers, every row of q is one of M numbers, 0
+    but for its own head's, and of the output (M numbers) its own head's are taken."""
+    (B, _, T, m), H, n, dtype = q.shape, keys.shape[1], int(compressed), q.dtype
+    Dk, Dv, heads = key_codes.D.float(), value_codes.D.float(), key_codes.D.shape[1] // m  # (N, M)
+    own = torch.eye(heads, device=q.device).view(1, heads, 1, 1, heads, 1)
+    q = q.reshape(B * H, -1, T, m).float() / m**0.5  # (B H, G, T, m)
+    keys, values = keys.flatten(0, 1).float(), values.flatten(0, 1).float()  # (B H, S, m)
+    P, G = B * H // heads, q.shape[1]
+    size = max(1, PIECE // (P * heads * G * min(T, QUERIES) * value_codes.sparsity))
     pieces = [(start, min(start + size, n)) for start in range(0, n, size)]
     outs = []
-    for rows, allowed in zip(x.split(QUERIES, dim=2), seen.split(QUERIES)):
-        rows = rows.flatten(1, 2)  # (P, R, m): R rows, G heads x some queries
-        scores = [scores_over_codes(rows * key_codes.scale, Dk, *key_codes.read(*piece))
+    for rows, allowed in zip(q.split(QUERIES, dim=2), seen.split(QUERIES)):
+        wide = (rows.view(P, heads, G, -1, 1, m) * own).flatten(4).flatten(1, 3)  # (P, R, M)
+        scores = [scores_over_codes(wide * key_codes.scale, Dk, *key_codes.read(*piece))
                   for piece in pieces]
-        dense = (rows @ keys.mT).unflatten(1, (-1, len(allowed)))  # (P, G, T, S)
-        scores.append(dense.masked_fill(~allowed, -torch.inf).flatten(1, 2))
-        p = torch.softmax(torch.cat(scores, dim=-1), dim=-1)  # (P, R, n + S)
-        out = p[..., n:] @ values  # (P, R, m)
+        dense = (rows.flatten(1, 2) @ keys.mT).unflatten(1, (G, -1))  # (B H, G, T, S)
+        scores.append(dense.masked_fill(~allowed, -torch.inf).view(P, wide.shape[1], -1))
+        p = torch.softmax(torch.cat(scores, dim=-1), dim=-1)  # (P, R, n + S), R = heads G T
+        out = p[..., n:].reshape(B * H, -1, keys.shape[1]) @ values  # (B H, G T, m)
         if pieces:
-            w = p.new_zeros(rows.shape[1], P, len(Dv))  # (R, P, N)
+            w = p.new_zeros(wide.shape[1], P, len(Dv))  # (R, P, N)
             for start, end in pieces:
                 add_over_codes(w, p[..., start:end], *value_codes.read(start, end))
-            out += (w @ Dv).transpose(0, 1) * value_codes.scale
-        outs.append(out.unflatten(1, (-1, len(allowed))))  # (P, G, T, m)
-    return torch.cat(outs, dim=2).reshape(B, -1, T, m).to(q.dtype)
+            wide = (w @ Dv).transpose(0, 1) * value_codes.scale  # (P, R, M)
+            wide = wide.view(P, heads, G, -1, heads, m) * own
+            out = out + wide.sum(4).view_as(out)
+        outs.append(out.unflatten(1, (G, -1)))  # (B H, G, T, m)
+    return torch.cat(outs, dim=2).reshape(B, -1, T, m).to(dtype)
+
+def join(x, heads):
+    """Vectors of one head x (..., H, T, m) as vectors of several, (..., H / heads, T, heads m)."""
+    return x.unflatten(-3, (-1, heads)).transpose(-3, -2).flatten(-2)
+
+def split(x, heads):
+    """The other way: (..., H / heads, T, heads m) as (..., H, T, m)."""
+    return x.unflatten(-1, (heads, -1)).transpose(-3, -2).flatten(-4, -3)
 
 def scores_over_codes(q, D, indices, coefficients):
     """<q, z D> of every query and coded token, without z D. q: (P, R, m), R query rows for each of
-    the P = B H KV heads. D: (N, m). indices, coefficients: (P, T, s). Returns (P, R, T)."""
+    P codes of a token. D: (N, m). indices, coefficients: (P, T, s). Returns (P, R, T)."""
     (P, R, m), (T, s), N = q.shape, indices.shape[1:], len(D)
     table = (q.reshape(P * R, m) @ D.T).view(P, R, N).mT  # every query with every atom
-    offset = torch.arange(0, P * N, N, dtype=torch.int32, device=q.device)  # each head's own table
+    offset = torch.arange(0, P * N, N, dtype=torch.int32, device=q.device)  # of each one's table
     out = F.embedding_bag((indices + offset[:, None, None]).view(P * T, s), table.reshape(P * N, R),
                           per_sample_weights=coefficients.reshape(P * T, s), mode="sum")
     return out.view(P, T, R).mT
@@ -273,8 +291,8 @@ def add_over_codes(w, p, indices, coefficients):
 # ---- Caches --------------------------------------------------------------------------------------
 
 class Counters:
-    """How many tokens a cache has seen, and how many of them are coded: on the host, for shapes, and
-    on the device, where a recorded step reads them."""
+    """Tokens that a cache has seen, and how many of them are coded: on the host, for shapes, and on
+    the device, where a recorded step reads them."""
 
     def __init__(self, device):
         self.length = self.compressed = 0
@@ -328,12 +346,11 @@ class DenseCache(Counters):
 class SparseCache(Counters):
     """Codes of all tokens but the first and the newest, which stay dense.
 
-    dictionaries: learned for this model (train_dict.py). sparsity: coefficients a vector, one
-    number or one for each dictionary (2, L). buffer: newest tokens always kept dense. window:
-    tokens coded at a time once the buffer overflows. sinks: first tokens that stay dense for good.
-    batch: sequences, all of one length. capacity: tokens to reserve room for, where known. coding:
-    how codes are stored (CODINGS). pursuit: a function (D, Y, sparsity) -> indices, coefficients
-    for D (N, m) and Y (B, m). dtype: of what is dense."""
+    sparsity: coefficients a vector, one number or one for each dictionary (2, L). buffer: newest
+    tokens always kept dense. window: tokens coded at a time once the buffer overflows. sinks: first
+    tokens that stay dense for good. batch: sequences, all of one length. capacity: tokens to
+    reserve room for, where known. coding: how codes are stored (CODINGS). pursuit: a function
+    (D, Y, sparsity) -> indices, coefficients for D (N, m) and Y (B, m). dtype: of what is dense."""
 
     replayable = False  # until a step was seen to be the same launches at every length
 
@@ -342,33 +359,32 @@ class SparseCache(Counters):
         atoms, scale = dictionaries.check(config).atoms, dictionaries.scale
         super().__init__(atoms.device)
         table = [[sparsity] * config.n_layers] * 2 if isinstance(sparsity, int) else sparsity
-        (N, m), flat = atoms.shape[2:], table[KEYS] + table[VALUES]
+        (N, M), flat = atoms.shape[2:], table[KEYS] + table[VALUES]
         if coding not in CODINGS or N > CODINGS[coding].most_atoms:
-            raise InputError(f"coding '{coding}' is unknown, or has no room for {N} atoms; use "
-                             + ", ".join(f"{name} (up to {kind.most_atoms} atoms)"
-                                         for name, kind in CODINGS.items()))
-        if not 1 <= min(flat) <= max(flat) <= min(N, m) or min(buffer, window - 1, sinks) < 0:
-            raise InputError(f"sparsity {sparsity}, buffer {buffer}, window {window} or sinks {sinks}"
-                             f" is outside 1 .. {min(N, m)} (vectors have {m} numbers, dictionaries "
-                             f"{N} atoms), at least 0, 1 and 0")
+            raise InputError(f"coding '{coding}' is unknown, or has no room for {N} atoms; use " + ", ".
+                             join(f"{name} (up to {CODINGS[name].most_atoms})" for name in CODINGS))
+        if not 1 <= min(flat) <= max(flat) <= min(N, M) or min(buffer, window - 1, sinks) < 0:
+            raise InputError(f"sparsity {sparsity} is outside 1 .. {min(N, M)}, for vectors of {M} "
+                             f"numbers, or buffer {buffer}, window {window} or sinks {sinks} too low")
         self.config, self.dictionaries = config, dictionaries
         self.buffer, self.window, self.sinks = buffer, window, sinks
         # A search that was written for one dictionary is called for one after the other.
         batched = getattr(pursuit, "func", pursuit) in (omp, omp_beam)
         self.pursuit = pursuit if batched else functools.partial(one_by_one, pursuit)
         self.codes = {(kind, layer): CODINGS[coding](atoms[kind, layer], scale[kind, layer], s, batch,
-                                                     config.kv_heads)
+                                                     config.kv_heads // dictionaries.heads)
                       for kind in (KEYS, VALUES) for layer, s in enumerate(table[kind])}
         for codes in self.codes.values():
             codes.reserve(max(0, capacity - buffer - sinks))
         # Dense tokens lie in slots: the sinks first, each for good, then a ring (see slot_of). Keys
         # carry their position (they are kept after RoPE), so attention does not mind the order.
         self.slots = torch.arange(sinks + buffer + window, device=atoms.device)
-        self.dense = torch.zeros(2, config.n_layers, batch, config.kv_heads, len(self.slots), m,
-                                 device=atoms.device, dtype=dtype or atoms.dtype)
+        self.dense = torch.zeros(2, config.n_layers, batch, config.kv_heads, len(self.slots),
+                                 config.head_dim, device=atoms.device, dtype=dtype or atoms.dtype)
 
     def slot_of(self, t):
-        return torch.where(t < self.sinks, t, self.sinks + (t - self.sinks) % (self.buffer + self.window))
+        ring = self.buffer + self.window
+        return torch.where(t < self.sinks, t, self.sinks + (t - self.sinks) % ring)
 
     @property
     def waiting(self):
@@ -450,7 +466,7 @@ class SparseCache(Counters):
         if len(group) < len(self.codes):  # all of them are there without a copy
             D = torch.stack([codes.D for codes in group]) if len(group) > 1 else group[0].D[None]
         scale = torch.stack([codes.scale for codes in group]).view(-1, 1, 1, 1, 1)
-        Y = (x / scale).flatten(1, 3)  # (n, B H T, m), float32
+        Y = join(x / scale, self.dictionaries.heads).flatten(1, 3)  # (n, B H T, M), float32
         parts = group[0].encode(D, Y, group[0].sparsity, self.pursuit)
         for codes, *own in zip(group, *parts):
             codes.reserve(self.compressed + x.shape[3])
@@ -458,31 +474,32 @@ class SparseCache(Counters):
 
     def nbytes(self):
         """Bytes in use by codes, by what is dense and in total, of the dictionaries (which are there
-        once, whatever context and batch), allocated in all, and of a dense 16-bit cache. vector: the
+        once, whatever context and batch), allocated in all, and of a dense 16-bit cache; and the
         share of a vector's 16-bit bytes that its code takes."""
         each = [codes.nbytes_each(codes.sparsity) for codes in self.codes.values()]
-        heads, plain = self.dense[0, 0, :, :, 0, 0].numel(), 2 * self.config.head_dim * len(each)
-        codes = sum(each) * heads * self.compressed
-        buffer = (self.length - self.compressed) * self.dense[..., 0, :].nbytes
+        B, H = self.dense.shape[2:4]
+        plain = 2 * self.config.head_dim * len(each) * B * H  # of a token, in 16 bits
+        packed = sum(each) * B * H // self.dictionaries.heads
+        codes, waiting = packed * self.compressed, self.length - self.compressed
         constant = self.dictionaries.atoms.nbytes + self.dictionaries.scale.nbytes
         reserved = sum(part.nbytes for codes in self.codes.values() for part in codes.parts)
+        buffer = waiting * self.dense[..., 0, :].nbytes
         return {"codes": codes, "buffer": buffer, "total": codes + buffer,
-                "dense": plain * heads * self.length, "dictionaries": constant,
-                "allocated": reserved + self.dense.nbytes + constant, "vector": sum(each) / plain}
+                "dense": plain * self.length, "dictionaries": constant,
+                "allocated": reserved + self.dense.nbytes + constant, "vector": packed / plain}
 
 def one_by_one(pursuit, D, Y, sparsity):
     """A pursuit of one dictionary (N, m), for each of D (n, N, m) and its vectors Y (n, B, m)."""
     return tuple(torch.stack(part) for part in zip(*(pursuit(*one, sparsity) for one in zip(D, Y))))
 
-if __name__ == "__main__":  # what sparsity saves and what it costs
+if __name__ == "__main__":  # 100 tokens of a text one by one: bytes of a vector, KL to dense
     model, d = Llama.from_pretrained("tiny"), Dictionaries.load(Dictionaries.find("tiny"))
     text = (find_folder("tiny") / "held-out.txt").read_text(encoding="utf-8")
-    tokens = torch.tensor([Tokenizer.from_pretrained("tiny").encode(text[:3000])[:448]])
-    print("64 tokens of a text one by one, after 384: bytes of a vector and KL to the dense cache")
-    for s in (64, 2, 4, 8, 16):
-        cache = SparseCache(model.config, d, s, coding="fp8") if s < 64 else DenseCache(model.config)
-        steps = [model(part, cache)[0, -1] for part in tokens.split([384] + [1] * 64, dim=1)]
-        log_p = torch.stack(steps).float().log_softmax(-1)
-        full = log_p if s == 64 else full
+    tokens = torch.tensor([Tokenizer.from_pretrained("tiny").encode(text)[:400]])
+    full = model(tokens)[0, 300:].float().log_softmax(-1)
+    for s in (2, 4, 8, 16):
+        cache = SparseCache(model.config, d, s, coding="fp8")
+        steps = [model(part, cache) for part in tokens.split([300] + [1] * 100, dim=1)]
+        log_p = torch.cat(steps, dim=1)[0, 300:].float().log_softmax(-1)
         kl = (full.exp() * (full - log_p)).sum(-1).mean()
-        print(f"s = {s:2d}  {cache.nbytes().get('vector', 1):7.1%}  {kl:.4f}")
+        print(f"s = {s:2d}  {cache.nbytes()['vector']:6.1%}  KL {kl:.4f}")

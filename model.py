@@ -10,24 +10,17 @@ al. 2023, arXiv 2305.13245). Modules carry the names of Hugging Face checkpoints
 without a mapping. How keys and values are stored is the business of a cache, an object with
 
     position                  how many tokens it has seen, an int or a tensor
-    begin(T)                  called before the first layer: T tokens are about to pass, a prompt,
-                              a chunk or one token
-    attend(layer, q, k, v)    appends the layer's keys and values, returns attention's output
-    end(T)                    called after the last layer
+    begin(T), end(T)          called before the first layer and after the last one, when T tokens
+                              pass: a prompt, a chunk or one token
+    attend(layer, q, k, v)    appends the layer's keys and values, returns attention's output"""
 
-`python model.py` loads the embedded model and continues a sentence."""
-
-import argparse
 import base64
 import functools
 import itertools
 import json
-import math
-import os
-import sys
-import time
 from contextlib import contextmanager
 from dataclasses import dataclass
+from math import inf, pi
 from pathlib import Path
 
 import tiktoken
@@ -45,14 +38,13 @@ class NoCache:
     position = 0
 
     def begin(self, T):
-        """T tokens are about to pass the layers."""
+        pass
+
+    end = begin
 
     def attend(self, layer, q, k, v):
         """q: (B, G H, T, m), k and v: (B, H, T, m). Returns the output, shaped as q."""
         return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
-
-    def end(self, T):
-        """They have passed."""
 
 def rope_frequencies(config):
     """Angular frequencies of the head_dim / 2 rotary pairs, (m / 2,) float32, on the CPU.
@@ -65,7 +57,7 @@ def rope_frequencies(config):
     if config.rope_scaling is None:
         return frequency
     factor, low, high, context = (config.rope_scaling[name] for name in LLAMA3_ROPE)
-    cycles = context * frequency / (2 * math.pi)
+    cycles = context * frequency / (2 * pi)
     blend = ((cycles - low) / (high - low)).clamp(0, 1)  # 0: low frequency, 1: high frequency
     return frequency * (blend + (1 - blend) / factor)
 
@@ -104,8 +96,6 @@ class MLP(nn.Module):
         return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
 
 class Layer(nn.Module):
-    compiled = None  # before_attention and after_attention for one token (see compile_layers)
-
     def __init__(self, config, index):
         super().__init__()
         self.index = index
@@ -122,20 +112,11 @@ class Layer(nn.Module):
         return x + self.mlp(self.post_attention_layernorm(x))
 
     def forward(self, x, cos, sin, cache):
-        before, after = Layer.before_attention, Layer.after_attention
-        if Layer.compiled and x.shape[1] == 1:
-            before, after = Layer.compiled
-        q, k, v = before(self, x, cos, sin)  # (B, heads, T, m)
+        q, k, v = self.before_attention(x, cos, sin)  # (B, heads, T, m)
         out = cache.attend(self.index, q, k, v).transpose(1, 2).flatten(2)  # (B, T, G H m)
         # A long prompt goes on in pieces: the MLP's hidden layer is the widest tensor of all.
-        pieces = [after(self, *pair) for pair in zip(x.split(4096, dim=1), out.split(4096, dim=1))]
-        return torch.cat(pieces, dim=1) if len(pieces) > 1 else pieces[0]
-
-def compile_layers():
-    """torch.compile what stands around attention when one token passes. (Prompts differ in length
-    and gain little.) The option tunes products of one row with a matrix: they take most time."""
-    Layer.compiled = [torch.compile(part, options={"coordinate_descent_tuning": True})
-                      for part in (Layer.before_attention, Layer.after_attention)]
+        pieces = map(self.after_attention, x.split(4096, dim=1), out.split(4096, dim=1))
+        return torch.cat([*pieces], dim=1) if x.shape[1] > 4096 else next(pieces)
 
 class Llama(nn.Module):
     verbose = False  # whether a prompt that takes long shows a bar on stderr
@@ -172,47 +153,40 @@ class Llama(nn.Module):
 
     @classmethod
     def from_pretrained(cls, name_or_path, device=None, dtype=None):
-        """Model of a local folder, a Hub id, or "tiny", the embedded one.
+        """Model of a local folder, a Hub id, or "tiny", the embedded one. Raises InputError.
 
         The network is built without memory (meta device) and its weights are put in place one at a
         time. On a CPU they are the file's own pages, mapped and never copied, unless dtype asks for
-        a conversion. Default device: the best there is, dtype: the file's. Raises InputError."""
+        a conversion. Default device: the best there is, dtype: the file's."""
         folder = find_folder(name_or_path)
         with torch.device("meta"):
             model = cls(Config.from_pretrained(folder)).requires_grad_(False)
         weights = read_weights(folder, device or best_device(), dtype)
-        if model.config.tied and "embed_tokens.weight" in weights:
-            weights.setdefault("lm_head.weight", weights["embed_tokens.weight"])
-        with door(f"weights of '{name_or_path}' do not fit its config.json",
-                  "give the files of one model"):
+        if model.config.tied:  # a head of its own in the file is used, whatever config.json says
+            weights.setdefault("lm_head.weight", weights.get("embed_tokens.weight"))
+        with door(f"weights of '{folder}' do not fit its config.json", "give files of one model"):
             model.load_state_dict(weights, assign=True)
-        # A head of its own in the file is used, whatever config.json says.
         if model.config.tied and torch.equal(model.lm_head.weight, model.embed_tokens.weight):
             model.lm_head.weight = model.embed_tokens.weight
         return model.eval()
-
-FLOATS = torch.bfloat16, torch.float16, torch.float32, torch.float64
 
 def read_weights(folder, device, dtype):
     """name -> tensor of a folder's model.safetensors, or else of the shards that its index names.
     Tensors of several types become one, the widest."""
     files, index, weights = ["model.safetensors"], folder / "model.safetensors.index.json", {}
+    floats = torch.bfloat16, torch.float16, torch.float32, torch.float64
     with door(f"weights of '{folder}' cannot be read", "fetch them again"):
-        if not (folder / files[0]).is_file():
-            if not index.is_file():
-                raise missing(folder, files[0])
+        if not (folder / files[0]).is_file() and index.is_file():
             files = sorted(set(read_json(index)["weight_map"].values()))
-        for file in files:
-            if Path(file).name != file:
-                raise ValueError(f"{index.name} names {file}, which is not in its folder")
-            weights.update((name.removeprefix("model."), tensor) for name, tensor in
-                           load_file(folder / file).items()
+        for file in files:  # of this folder alone, whatever path an index gives
+            weights.update((name.removeprefix("model."), tensor) for name, tensor
+                           in load_file(folder / Path(file).name).items()
                            if not name.endswith("inv_freq"))  # which a Llama computes
     for name, tensor in weights.items():
-        if tensor.dtype not in FLOATS:
+        if tensor.dtype not in floats:
             raise InputError(f"weights of '{folder}': {name} is {str(tensor.dtype)[6:]}; quantised "
                              "weights are not supported, give the model in 16 or 32 bits")
-    widest = functools.reduce(torch.promote_types, {x.dtype for x in weights.values()}, FLOATS[0])
+    widest = functools.reduce(torch.promote_types, {x.dtype for x in weights.values()}, floats[0])
     weights = {name: tensor.to(device, dtype or widest) for name, tensor in weights.items()}
     for name, tensor in weights.items():
         if not tensor.sum(dtype=torch.float32).isfinite():
@@ -253,7 +227,6 @@ class Config:
     qk_norm: bool = False  # Qwen3: RMSNorm on every head's query and key
     tied: bool = False  # the output layer shares the embedding's weights
     eos_ids: tuple = ()
-    model_type: str = "llama"
 
     @classmethod
     def from_hf(cls, hf):
@@ -265,31 +238,32 @@ class Config:
         hf = {name: value for name, value in hf.items() if value is not None}
         rope_type = hf["rope_type"] = hf.get("rope_type", hf.get("type", "default"))
         heads = checked(hf, "num_attention_heads", int)
-        hf = {"num_key_value_heads": heads, "head_dim": checked(hf, "hidden_size", int) // heads, **hf}
+        hf = {"num_key_value_heads": heads, "sliding_window": inf, "eos_token_id": [],
+              "head_dim": checked(hf, "hidden_size", int) // heads, **hf}
         plain = {ours: checked(hf, name, cls.__annotations__[ours]) for ours, name in
-                 HF_NAMES.items() if name in hf or not hasattr(cls, ours)}  # which have a default
+                 HF_NAMES.items() if name in hf or not hasattr(cls, ours)}  # some have a default
         scaling = {name: checked(hf, name, float) for name in LLAMA3_ROPE if rope_type == "llama3"}
-        eos, context = hf.get("eos_token_id", []), plain["context"]
-        windowed = hf.get("use_sliding_window", kind == "mistral")
+        eos = hf["eos_token_id"] if isinstance(hf["eos_token_id"], list) else [hf["eos_token_id"]]
         computed = {
             "model_type": kind in DEFAULTS,
             "quantization_config": not hf.get("quantization_config"),
             "hidden_act": hf.get("hidden_act", "silu") == "silu",
             "mlp_bias": not hf.get("mlp_bias"),
-            "sliding_window": not windowed or hf.get("sliding_window", context) >= context,
+            "sliding_window": not hf.get("use_sliding_window", kind == "mistral")
+            or hf["sliding_window"] >= plain["context"],
             "layer_types": set(hf.get("layer_types", ())) <= {"full_attention"},
             "rope_type": rope_type in ("default", "llama3"),
             "high_freq_factor": not scaling or scaling["low_freq_factor"] < hf["high_freq_factor"],
             "partial_rotary_factor": hf.get("partial_rotary_factor", 1) == 1,
             "num_hidden_layers": plain["n_layers"] <= 2**12,
             "head_dim": plain["head_dim"] % 2 == 0,
-            "eos_token_id": all(type(i) is int for i in (eos if isinstance(eos, list) else [eos])),
+            "eos_token_id": all(type(i) is int for i in eos),
             "num_key_value_heads": heads % plain["kv_heads"] == 0}
         for name in [name for name, fine in computed.items() if not fine]:
             raise InputError(f"config.json: {name} = {hf.get(name)!r} is not supported; use a "
                              "Llama, Mistral or Qwen with full attention and plain or llama3 RoPE")
-        return cls(**plain, rope_scaling=scaling or None, eos_ids=tuple(eos if isinstance(eos, list) else [eos]), model_type=kind,
-                   qkv_bias=plain.get("out_bias", kind == "qwen2"), qk_norm=kind == "qwen3")
+        return cls(**plain, rope_scaling=scaling or None, eos_ids=tuple(eos),
+                   qkv_bias=plain.get("out_bias", False) or kind == "qwen2", qk_norm=kind == "qwen3")
 
     @classmethod
     def from_pretrained(cls, name_or_path):
@@ -297,8 +271,8 @@ class Config:
         folder = find_folder(name_or_path)
         hf = read_json(folder / "config.json")
         generation = read_json(folder / "generation_config.json", required=False)
-        if generation.get("eos_token_id") is not None:  # a chat model's end of turn is only here
-            hf["eos_token_id"] = generation["eos_token_id"]
+        # A chat model's end of turn is often only there.
+        hf["eos_token_id"] = generation.get("eos_token_id") or hf.get("eos_token_id")
         with door(f"config.json of '{name_or_path}' is damaged", "fetch it again"):
             return cls.from_hf(hf)
 
@@ -408,14 +382,13 @@ def find_folder(name_or_path, patterns=MODEL_FILES):
     files of these patterns are fetched once and then found without a network."""
     path = Path(name_or_path).expanduser()
     if str(path) == "tiny":
-        return Path(__file__).parent / "tiny"
+        path = Path(__file__).parent / "tiny"
     if path.is_dir():
         return path
     if path.exists() or len(path.parts) != 2 or path.is_absolute():
-        reason = "is a file" if path.exists() else "does not exist"
-        raise InputError(f"model '{name_or_path}' {reason}; give a folder in Hugging Face layout "
-                         "(config.json, model.safetensors, tokenizer.json), or a Hub id "
-                         "(owner/name); for a GGUF file, the model that it was made from")
+        raise InputError(f"model '{name_or_path}' {'is a file' if path.exists() else 'does not exist'}"
+                         "; give a folder in Hugging Face layout (config.json, model.safetensors, "
+                         "tokenizer.json) or a Hub id (owner/name), and for GGUF its original")
     import huggingface_hub as hub  # here, for it takes a while
     with door(f"'{name_or_path}' is no folder here, and the Hub does not give it",
               "check the name, the network and your login"):
@@ -435,10 +408,14 @@ def read_json(path, required=True):
     with door(f"{path} is not readable JSON", "fetch it again"):
         return dict(json.loads(path.read_text(encoding="utf-8"))) if path.is_file() else {}
 
-# ---- Programs: errors, arguments, devices, files that are whole or not there ---------------------
+# ---- Errors --------------------------------------------------------------------------------------
 
 class InputError(Exception):
     """Bad input, in one line: the thing, the value, the way out. Programs print it and exit 2."""
+
+    def __str__(self):
+        text = " ".join(super().__str__().split())
+        return text if len(text) < 600 else f"{text[:300]} ... {text[-300:]}"
 
 @contextmanager
 def door(what, way_out):
@@ -448,90 +425,13 @@ def door(what, way_out):
     except InputError:
         raise
     except Exception as error:
-        reason = " ".join(str(error).split())
-        reason = reason if len(reason) < 500 else f"{reason[:250]} ... {reason[-250:]}"
-        raise InputError(f"{what} ({type(error).__name__}: {reason}); {way_out}") from None
-
-class Parser(argparse.ArgumentParser):
-    def error(self, message):
-        raise InputError(f"{message}; see --help")
-
-    def refuse(self, option, *others):
-        """Refuse options that would be ignored beside this one."""
-        given = {argument.partition("=")[0] for argument in sys.argv[1:]}
-        if option in given and given & set(others):
-            self.error(f"{option} and {', '.join(sorted(given & set(others)))} do not go together")
-
-def between(kind, least, most):
-    """A type for an argument: a number within least .. most."""
-    def number(text):
-        if not least <= kind(text) <= most:
-            raise argparse.ArgumentTypeError(f"{text} is outside {least} .. {most}")
-        return kind(text)
-    return number
+        raise InputError(f"{what} ({type(error).__name__}: {error}); {way_out}") from None
 
 def best_device():
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
-def plain_text(text):
-    """A text as it means the same from every source: no byte order mark, lines end in a newline."""
-    return text.removeprefix("\ufeff").replace("\r\n", "\n").replace("\r", "\n")
-
-@contextmanager
-def output_file(path):
-    """A function that writes a file, whose place is taken before the work that makes its content.
-
-    A temporary file beside it takes its name once all is written, and goes if nothing comes. A link
-    is followed. What is no ordinary file (a pipe, /dev/stdout) is written to as it is."""
-    path = part = Path(path)
-    with door(f"{path} cannot be written", "name a file in a folder that exists"):
-        if not path.exists() or path.is_file():
-            path = Path(os.path.realpath(path))
-            part = Path(f"{path}.{os.getpid()}.part")
-            part.open("xb").close()
-        elif path.is_dir():
-            raise IsADirectoryError("it is a folder")
-
-    def write(data):
-        """Raises OSError."""
-        part.write_bytes(data)
-        if part != path:
-            os.replace(part, path)
-
-    try:
-        yield write
-    finally:
-        if part != path:
-            part.unlink(missing_ok=True)
-
-def run_program(main):
-    """Run a program: exit with what main returns, or with one line and 2 for bad input."""
-    for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):
-            stream.reconfigure(errors="replace")  # a terminal need not know every character
-    try:
-        sys.exit(main())
-    except KeyboardInterrupt:
-        sys.exit(130)
-    except BrokenPipeError:  # whoever read our output has left
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(141)
-    except (InputError, MemoryError, RuntimeError) as error:
-        text = " ".join(str(error).split())
-        if isinstance(error, MemoryError) or "allocate" in text:  # that is how torch says it
-            text = ("out of memory; ask for a shorter prompt, a smaller batch or buffer, or learn "
-                    "from fewer tokens at a time")
-        elif not isinstance(error, InputError):
-            raise
-        if os.environ.get("LOCAL_RANK", "0") != "0":
-            time.sleep(10)  # rank 0 says it; then torchrun ends the others
-        else:
-            print(f"error: {text}", file=sys.stderr)
-        sys.exit(2)
-
-if __name__ == "__main__":
-    model = Llama.from_pretrained("tiny", "cpu", torch.float32)
-    tokenizer = Tokenizer.from_pretrained("tiny")
+if __name__ == "__main__":  # continue a sentence
+    model, tokenizer = Llama.from_pretrained("tiny", "cpu"), Tokenizer.from_pretrained("tiny")
     print(f"{sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters: {model.config}")
     tokens = torch.tensor([tokenizer.encode("Once upon a time")])
     for _ in range(40):  # the slow way: without a cache, every token runs the whole text again

@@ -13,11 +13,13 @@ that hardly any vector uses is replaced by a vector that the others serve badly.
 
     python train_dict.py --text stories.txt --out dictionary.safetensors"""
 
+import argparse
 import hashlib
 import json
 import os
 import sys
 import time
+from contextlib import contextmanager
 from math import ceil, inf
 from pathlib import Path
 
@@ -27,12 +29,12 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from kernels.parallel import exchange, gather, world
-from lexico import Dictionaries, shape_of
-from model import (Config, InputError, Llama, NoCache, Parser, Tokenizer, between, door, output_file,
-                   plain_text, run_program)
-from omp import omp, reconstruct, relative_error
+from lexico import Dictionaries, WordCodes, join, shape_of, split
+from model import Config, InputError, Llama, NoCache, Tokenizer, door
+from omp import omp, omp_levels, reconstruct, relative_error
 
 HELD_OUT = 0.05  # the last part of every file, never learned from
+SINKS = 4  # first tokens that a cache keeps dense, as it does by default
 
 # ---- Vectors of a text, and what coding them does to the model -----------------------------------
 
@@ -47,11 +49,12 @@ class Recorder(NoCache):
         return super().attend(layer, q, k, v)
 
 @torch.inference_mode()
-def vectors(model, rows):
-    """Keys and values of token rows (B, T), all heads of a layer together: (2 L, B T H, m)."""
+def vectors(model, rows, heads=1):
+    """Keys and values of token rows (B, T), `heads` heads of a layer a vector: (2 L, V, M)."""
     recorder = Recorder()
     model(rows, recorder, last_only=True)
-    return torch.stack(recorder.kv, dim=1).flatten(2, 4).flatten(0, 1).float()
+    kv = torch.stack(recorder.kv, dim=1)  # (2, L, B, H, T, m)
+    return join(kv, heads).flatten(2, 4).flatten(0, 1).float()
 
 class Simulated(NoCache):
     """A whole text in one pass, as decoding would see it through a lossy cache: a query finds the
@@ -68,36 +71,40 @@ class Simulated(NoCache):
         self.group, self.start = group, start
 
     def attend(self, layer, q, k, v):
-        (B, heads, T, m), grouped = q.shape, (q.unflatten(1, (k.shape[1], -1)), k[:, :, None],
-                                              v[:, :, None])
-        lossy = self.compress(layer, *grouped)
+        by_head = q.unflatten(1, (k.shape[1], -1)), k[:, :, None], v[:, :, None]
+        lossy = self.compress(layer, *by_head)
         if lossy is None:
             return super().attend(layer, q, k, v)
-        (q, k, v), (k_lossy, v_lossy, kept) = grouped, lossy
-        t = torch.arange(T, device=q.device)
+        (q, k, v), (k_lossy, v_lossy, kept) = by_head, lossy
+        t = torch.arange(q.shape[3], device=q.device)
         leaves = (t // self.group + 1) * self.group - 1 + self.buffer  # when a token's group goes
         old = (t[:, None] >= leaves) & (t[:, None] >= self.start) & (t >= self.sinks)  # (T, T)
         unseen = t > t[:, None] if kept is None else (t > t[:, None]) | (old & ~kept)
-        scores = torch.where(old, q @ k_lossy.mT, q @ k.mT) / m**0.5  # (B, H, G, T, T)
+        scores = torch.where(old, q @ k_lossy.mT, q @ k.mT) / q.shape[4]**0.5  # (B, H, G, T, T)
         p = scores.masked_fill(unseen, -torch.inf).softmax(-1)
-        return ((p * ~old) @ v + (p * old) @ v_lossy).view(B, heads, T, m)
+        return ((p * ~old) @ v + (p * old) @ v_lossy).flatten(1, 2)
 
 @torch.inference_mode()
-def divergence(model, atoms, first, rows, sparsities):
+def divergence(model, atoms, scale, first, rows, sparsities):
     """What each dictionary alone costs: mean KL(full || coded) of the next token, in nats, over
-    rows (R, T) when one dictionary codes and nothing else does: (n, sparsities), for atoms
-    (n, N, m), the dictionaries from number `first` on."""
+    rows (R, T) when one dictionary codes (in words) and nothing else does: (n, sparsities), for
+    atoms (n, N, M) and scale (n,), the dictionaries from number `first` on."""
     full = model(rows).float().log_softmax(dim=-1)  # (R, T, vocabulary)
+    bits, heads = max(3, WordCodes.level_bits(atoms.shape[1])), atoms.shape[2] // model.config.head_dim
 
-    def harm(D, kind, layer, s):
+    def harm(D, unit, kind, layer, s):
         def compress(at, q, *kv):
-            coded = reconstruct(D, *omp(D, kv[kind].flatten(0, 3), s)).view_as(kv[kind])
-            return (*kv[:kind], coded.to(q.dtype), *kv[kind + 1:], None) if at == layer else None
-        log_p = model(rows, Simulated(compress)).float().log_softmax(dim=-1)
+            if at != layer:
+                return None
+            x = join(kv[kind][:, :, 0], heads)  # (B, H / heads, T, M)
+            indices, level, e = omp_levels(D, x.flatten(0, 2) / unit, s, bits)
+            coded = reconstruct(D, indices, unit * level * torch.exp2(e / 16 - 8)).view_as(x)
+            return (*kv[:kind], split(coded, heads)[:, :, None].to(q.dtype), *kv[kind + 1:], None)
+        log_p = model(rows, Simulated(compress, sinks=SINKS)).float().log_softmax(dim=-1)
         return F.kl_div(log_p, full, log_target=True, reduction="sum") / rows.numel()
 
-    return torch.tensor([[harm(D, *divmod(i, model.config.n_layers), s) for s in sparsities]
-                         for i, D in enumerate(atoms, first)], device=rows.device)
+    return torch.tensor([[harm(D, unit, *divmod(i, model.config.n_layers), s) for s in sparsities]
+                         for i, (D, unit) in enumerate(zip(atoms, scale), first)], device=rows.device)
 
 # ---- Text ----------------------------------------------------------------------------------------
 
@@ -108,8 +115,8 @@ class Text:
         self.tokenizer, self.row_length, self.seed = tokenizer, row_length, seed
         files = [read_text(Path(path).expanduser()) for path in paths]
         if sum(map(len, files)) < 100 * row_length:
-            raise InputError(f"{', '.join(map(str, paths))}: too little text to learn from; "
-                             f"give at least {ceil(row_length / 10)} kB")
+            raise InputError(f"{', '.join(map(str, paths))}: too little text to learn from; give at "
+                             f"least {ceil(row_length / 10)} kB")
         cuts = [int(len(data) * (1 - HELD_OUT)) for data in files]
         self.learned = b"".join(data[:cut] for data, cut in zip(files, cuts))
         self.held_out = b"".join(data[cut:] for data, cut in zip(files, cuts))
@@ -130,8 +137,8 @@ class Text:
 
 def read_text(path):
     """The bytes of a UTF-8 file, or of the "text" fields of a .jsonl or .parquet file."""
-    with door(f"text '{path}' cannot be read", "give UTF-8 text, .jsonl or .parquet (which needs "
-              "pyarrow) whose every row has a \"text\""):
+    with door(f"text '{path}' cannot be read", "give UTF-8 text, or .jsonl or (with pyarrow) "
+              ".parquet whose every row has a \"text\""):
         if path.suffix == ".parquet":
             import pyarrow.parquet
             return "".join(pyarrow.parquet.read_table(path)["text"].to_pylist()).encode()
@@ -199,7 +206,7 @@ class Learner:
         D = self.state["D"]
         return relative_error(D, X, *omp(D, X, self.sparsity)).mean(dim=-1)
 
-def learn(args, model, tokenizer, settings):
+def learn(args, model, tokenizer):
     """Learn as args say: Dictionaries, with their errors and divergences.
 
     Ranks share the work twice: each runs the model over its rows of a batch, and then, once all
@@ -208,20 +215,18 @@ def learn(args, model, tokenizer, settings):
     rank, ranks, total, device = args.rank, args.ranks, 2 * model.config.n_layers, args.device
     count = ceil(args.batch / min(model.config.context, 1024))  # rows of a batch
     row_length = args.batch // count
-    text = Text(args.text, tokenizer, row_length, args.seed)
-    settings = {**settings, "text": text.digest}
+    text, mine = Text(args.text, tokenizer, row_length, args.seed), total // ranks
     if count % ranks or total % ranks:
         raise InputError(f"{ranks} processes cannot share {count} rows of {row_length} tokens and "
                          f"{total} dictionaries evenly; change --batch or --nproc-per-node")
-    mine = slice(total // ranks * rank, total // ranks * (rank + 1))
+    mine = slice(mine * rank, mine * (rank + 1))
 
     def batch(number, held_out=False):
         rows = text.rows(count, number, held_out).chunk(ranks)[rank]
         tokenizer.check(rows.flatten().tolist(), model.config)
-        X = exchange(vectors(model, rows.to(device)))
+        X = exchange(vectors(model, rows.to(device), args.heads))
         if not X.isfinite().all():
-            raise InputError(f"model '{args.model}' gives keys or values that are no finite numbers; "
-                             "give other weights")
+            raise InputError(f"model '{args.model}' gives keys or values that are no finite numbers")
         return X
 
     def clock():  # one for all, for it decides what they do together
@@ -229,17 +234,15 @@ def learn(args, model, tokenizer, settings):
 
     steps, held_out = max(1, round(args.tokens / (count * row_length))), batch(0, held_out=True)
     if args.fine_tune:
-        D = Dictionaries.load(args.fine_tune, device).check(model.config).atoms.flatten(0, 1)[mine]
+        d = Dictionaries.load(args.fine_tune, device).check(model.config)
+        D, args.heads = d.atoms.flatten(0, 1)[mine], d.heads
     else:  # atoms start as vectors of the text
-        batches = ceil(args.atoms / held_out.shape[1])
-        X = torch.cat([batch(number) for number in range(batches)], dim=1)
+        X = torch.cat([batch(i) for i in range(ceil(args.atoms / held_out.shape[1]))], dim=1)
         D = F.normalize(X[:, torch.randperm(X.shape[1])[:args.atoms].to(device)], dim=-1)
-    learner, done = Learner(D, args.sparsity, args.fade), 0
+    learner, done, settings = Learner(D, args.sparsity, args.fade), 0, {
+        "text": text.digest, **{name: getattr(args, name) for name in SETTINGS}}
     if args.resume:
-        done, state = load_checkpoint(args.checkpoint, settings, steps)
-        with door(f"--resume: {args.checkpoint} is of another shape", "delete it and start anew"):
-            for name, tensor in learner.state.items():
-                tensor.copy_(state[name][mine])
+        done = load_checkpoint(args.checkpoint, settings, steps, learner.state, mine)
     began = saved = shown = clock()
     for step in tqdm(range(done + 1, steps + 1), initial=done, total=steps, disable=rank > 0):
         replaced, now = learner.step(batch(step)), clock()
@@ -250,20 +253,19 @@ def learn(args, model, tokenizer, settings):
                 save_checkpoint(args.checkpoint, (step, settings, state))
             saved = now
         if now - shown > 5 or step in (done + 1, steps):
-            shown, errors = now, gather(learner.errors(held_out)).view(2, -1)
-            keys, values = errors.mean(dim=1).tolist()
-            tqdm.write(f"{step}/{steps}  held-out error keys {keys:.3f} values {values:.3f}  "
-                       f"{gather(replaced).sum()} atoms replaced")
-    if done == steps:
-        errors = gather(learner.errors(held_out)).view(2, -1)
+            shown, errors = now, gather(learner.errors(held_out)).view(2, -1).mean(dim=1).tolist()
+            tqdm.write(f"{step}/{steps}  held-out error keys {errors[0]:.3f} values {errors[1]:.3f}"
+                       f"  {gather(replaced).sum()} atoms replaced")
     # How much each dictionary matters, on text that was learned from.
-    sparsities = [ceil(model.config.head_dim * i / 64) for i in (4, 15)]
-    D, largest = learner.state["D"], learner.state["largest"]
-    harm = divergence(model, D, mine.start, text.rows(2, 1)[:, :512].to(device), sparsities)
-    D, largest, harm = (gather(x).unflatten(0, (2, -1)) for x in (D, largest, harm))
+    D, scale = learner.state["D"], (learner.state["largest"] / 64).clamp(min=1e-8)
+    sparsities = [ceil(D.shape[2] * i / 64) for i in (3, 10, 24)]
+    rows = text.rows(8 if device.type == "cuda" else 2, 1)[:, :512].to(device)
+    harm = divergence(model, D, scale, mine.start, rows, sparsities)
+    D, scale, harm, errors = (gather(x).unflatten(0, (2, -1)) for x in
+                              (D, scale, harm, learner.errors(held_out)))
     # Stored coefficients get head room: the largest one met becomes 64 of FP8's 448.
     return Dictionaries(
-        D, (largest / 64).clamp(min=1e-8), shape_of(model.config), model=str(args.model),
+        D, scale, shape_of(model.config), model=str(args.model),
         sparsity=args.sparsity, text=[Path(path).name for path in args.text],
         tokens=steps * count * row_length, key_errors=errors[0].tolist(),
         value_errors=errors[1].tolist(), divergence={"sparsity": sparsities, "kl": harm.tolist()})
@@ -278,22 +280,96 @@ def save_checkpoint(path, content):
         part.unlink(missing_ok=True)
         print(f"warning: no checkpoint {path} ({error}); learning goes on", file=sys.stderr)
 
-def load_checkpoint(path, settings, steps):
-    """Step and state of a checkpoint. Raises InputError if there is none, or of other settings."""
-    if not path.exists():
-        raise InputError(f"--resume: there is no checkpoint {path}; start without --resume")
-    with door(f"--resume: {path} is damaged", "delete it and start anew"):
-        step, made_with, state = torch.load(path, map_location="cpu", mmap=True)
+def load_checkpoint(path, settings, steps, state, mine):
+    """Fill `state` with its rows `mine` of a checkpoint, and return the step that it was made in.
+    Raises InputError if there is none, or of another run."""
+    with door(f"--resume: {path} is absent, damaged or of another shape", "start without --resume"):
+        step, made_with, saved = torch.load(path, map_location="cpu", mmap=True)
         differing = [f"--{name} {value}" for name, value in made_with.items()
                      if value != settings.get(name)]
-        if type(step) is not int or not 0 < step <= steps and not differing:
+        if differing:
+            raise InputError(f"--resume: {path} was made with {', '.join(differing)}; repeat that, "
+                             "or delete it and start anew")
+        if type(step) is not int or not 0 < step <= steps:
             raise ValueError(f"step {step} of {steps}")
-    if differing:
-        raise InputError(f"--resume: {path} was made with {', '.join(differing)}; repeat that, or "
-                         "delete it and start anew")
-    return step, state
+        for name, tensor in state.items():
+            tensor.copy_(saved[name][mine])
+    return step
+
+# ---- Programs: arguments, errors, files that are whole or not there ------------------------------
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message):
+        raise InputError(f"{message}; see --help")
+
+    def refuse(self, option, *others):
+        """Refuse options that would be ignored beside this one."""
+        given = {argument.partition("=")[0] for argument in sys.argv[1:]}
+        if option in given and given & set(others):
+            self.error(f"{option} and {', '.join(sorted(given & set(others)))} do not go together")
+
+def between(kind, least, most):
+    """A type for an argument: a number within least .. most."""
+    def number(text):
+        if not least <= kind(text) <= most:
+            raise argparse.ArgumentTypeError(f"{text} is outside {least} .. {most}")
+        return kind(text)
+    return number
+
+def plain_text(text):
+    """A text as it means the same from every source: no byte order mark, lines end in a newline."""
+    return text.removeprefix("\ufeff").replace("\r\n", "\n").replace("\r", "\n")
+
+@contextmanager
+def output_file(path):
+    """A function that writes a file, whose place is taken before the work that makes its content.
+
+    A temporary file beside it takes its name once all is written, and goes if nothing comes. A link
+    is followed. What is no ordinary file (a pipe, /dev/stdout) is written to as it is."""
+    ordinary = os.path.isfile(path) or not os.path.exists(path)
+    path = Path(os.path.realpath(path) if ordinary else path)
+    part = Path(f"{path}.{os.getpid()}.part") if ordinary else path
+    with door(f"{path} cannot be written", "name a file in a folder that exists"):
+        if ordinary or path.is_dir():  # which fails
+            part.open("ab").close()
+
+    def write(data):
+        part.write_bytes(data)
+        if ordinary:
+            os.replace(part, path)
+
+    try:
+        yield write
+    finally:
+        if ordinary:
+            part.unlink(missing_ok=True)
+
+def run_program(main):
+    """Run a program: exit with what main returns, or with one line and 2 for bad input."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="replace")  # a terminal need not know every character
+    try:
+        sys.exit(main())
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except BrokenPipeError:  # whoever read our output has left
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(141)
+    except (InputError, MemoryError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and "allocate" not in str(error):  # as torch says it
+            raise
+        if os.environ.get("LOCAL_RANK", "0") != "0":
+            time.sleep(10)  # rank 0 says it; then torchrun ends the others
+        else:
+            print("error:", error if isinstance(error, InputError) else "out of memory; ask for a "
+                  "shorter prompt, a smaller batch or buffer, or fewer tokens at a time",
+                  file=sys.stderr)
+        sys.exit(2)
 
 # ---- The command ---------------------------------------------------------------------------------
+
+SETTINGS = "model", "heads", "atoms", "sparsity", "tokens", "batch", "fade", "fine_tune", "seed"  # of a run
 
 def parse_arguments():
     parser = Parser(description=__doc__.partition("\n")[0], allow_abbrev=False)
@@ -301,6 +377,8 @@ def parse_arguments():
     add("--text", nargs="+", metavar="FILE", help="text, .jsonl or .parquet files; default: "
         "WikiText-103 from the Hub")
     add("--model", default="tiny", help='a folder, a Hub id, or "tiny" (default)')
+    add("--heads", type=number(int, 1, 2**12), default=1, help="KV heads of a layer that make one "
+        "vector (1, as published; more at equal bytes lose less where memory is short)")
     add("--atoms", type=number(int, 1, 2**15), default=1024, help="atoms of a dictionary (1024)")
     add("--sparsity", type=number(int, 1, 2**12), default=8, help="coefficients a vector (8)")
     add("--tokens", type=number(int, 1, inf), default=100_000, help="to learn from (100000)")
@@ -314,30 +392,30 @@ def parse_arguments():
     add("--seed", type=number(int, 0, 2**32), default=0)
     add("--device", help="default: the best there is")
     args = parser.parse_args()
-    parser.refuse("--fine-tune", "--atoms")
+    parser.refuse("--fine-tune", "--atoms", "--heads")
     args.out = args.out or Path(f"{Path(args.model).name}.dictionary.safetensors")
     args.checkpoint = Path(f"{args.out}.checkpoint")
     if args.out.is_file() and not args.force:
         parser.error(f"--out {args.out} exists; name another file, or give --force")
     if args.checkpoint.exists() and not args.resume:
-        parser.error(f"{args.checkpoint} is there from another run; go on with --resume, or delete it")
+        parser.error(f"{args.checkpoint} is of another run; go on with --resume, or delete it")
+    config = Config.from_pretrained(args.model)
+    M = args.heads * config.head_dim
+    if config.kv_heads % args.heads or not args.sparsity <= M <= args.atoms:
+        parser.error(f"--heads {args.heads}, --sparsity {args.sparsity} and --atoms {args.atoms} do not"
+                     f" fit: heads divide {config.kv_heads}, and for {M} numbers a vector sparsity is "
+                     "at most that, atoms at least")
+    args.device, args.rank, args.ranks = world(args.device)
     return args
 
 def main():
     args, began = parse_arguments(), time.time()
-    settings = {name: value for name, value in vars(args).items() if name not in
-                ("text", "out", "force", "resume", "checkpoint", "checkpoint_seconds", "device")}
-    config = Config.from_pretrained(args.model)
-    if args.sparsity > min(config.head_dim, args.atoms) or args.atoms < config.head_dim:
-        raise InputError(f"--sparsity {args.sparsity} and --atoms {args.atoms} do not fit vectors "
-                         f"of {config.head_dim} numbers: sparsity at most that, atoms at least")
-    torch.manual_seed(args.seed)
-    args.device, args.rank, args.ranks = world(args.device)
     args.text = args.text or wikitext()
+    torch.manual_seed(args.seed)
     with output_file(args.out if args.rank == 0 else os.devnull) as write:
         dtype = torch.float32 if args.device.type == "cpu" else None
         model = Llama.from_pretrained(args.model, args.device, dtype)
-        learned = learn(args, model, Tokenizer.from_pretrained(args.model), settings)
+        learned = learn(args, model, Tokenizer.from_pretrained(args.model))
         with door(f"--out {args.out} cannot be written", f"if {args.checkpoint} is there, it keeps "
                   "what was learned: make room, then --resume"):
             write(learned.serialise())

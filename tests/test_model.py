@@ -1,34 +1,53 @@
-"""What model.py promises: the network against numpy, loading, refusals, the tokenizer."""
+"""What model.py promises: the network, configurations, weights, the tokenizer, finding a model."""
 
 import base64
 import json
 import random
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
 import tokenizers
 import torch
+import transformers
 from safetensors.torch import load_file, save_file
+from tokenizers import AddedToken, decoders, pre_tokenizers
+from tokenizers.models import BPE, Unigram
+from tokenizers.normalizers import Prepend, Replace, Sequence
+from tokenizers.processors import TemplateProcessing
 
-from lexico import DenseCache
-from model import Config, InputError, Llama, Tokenizer, find_file
+from lexico import DenseCache, Dictionaries
+from model import Config, InputError, Llama, NoCache, Tokenizer
+from tiny.pretrain import save_pretrained, to_hf
 
 TINY = Path(__file__).parent.parent / "tiny"
 SMALL = Config(vocab_size=300, dim=32, n_layers=2, n_heads=4, kv_heads=2, head_dim=8, ffn_dim=48,
                context=256)
-
+LLAMA31 = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+           "original_max_position_embeddings": 128.0}
+NAN = float("nan")
 
 def random_model(**changes):
     torch.manual_seed(0)
-    model = Llama.random(replace(SMALL, **changes), "cpu")
+    model = Llama(replace(SMALL, **changes)).requires_grad_(False).eval()
     for parameter in model.parameters():  # large enough that every part shows in the logits
         parameter.normal_(std=0.4) if parameter.dim() == 2 else parameter.uniform_(0.5, 2)
     return model
 
+def says(words, action, *args):
+    """Whether action(*args) is refused in one readable line with these words."""
+    with pytest.raises(InputError) as error:
+        action(*args)
+    message = str(error.value)
+    assert words in message and "\n" not in message and len(message) < 800, message
+    return True
+
+# ---- Network -------------------------------------------------------------------------------------
 
 def numpy_llama(model, tokens):
     """The forward pass for one sequence, in float64, without a cache."""
@@ -50,6 +69,8 @@ def numpy_llama(model, tokens):
     for i in range(c.n_layers):
         h, name = norm(x, f"layers.{i}.input_layernorm"), f"layers.{i}.self_attn"
         q, k, v = (linear(h, f"{name}.{p}_proj").reshape(T, -1, c.head_dim) for p in "qkv")
+        if c.qk_norm:
+            q, k = norm(q, f"{name}.q_norm"), norm(k, f"{name}.k_norm")
         # RoPE as a rotation of complex numbers: element j with element j + m / 2
         q, k = ((x[..., :half] + 1j * x[..., half:]) * turn for x in (q, k))
         k, v = (np.repeat(x, c.n_heads // c.kv_heads, axis=1) for x in (k, v))  # (T, H, m)
@@ -62,133 +83,287 @@ def numpy_llama(model, tokens):
         x = x + linear(gate / (1 + np.exp(-gate)) * up, f"{name}.down_proj")
     return linear(norm(x, "norm"), "embed_tokens" if c.tied else "lm_head")
 
-
-LLAMA31 = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
-           "original_max_position_embeddings": 128.0}
-
-
 @pytest.mark.parametrize("changes", [
-    {}, {"kv_heads": 4}, {"kv_heads": 1, "tied": True}, {"rope_scaling": LLAMA31},
-    {"qkv_bias": True}, {"qkv_bias": True, "out_bias": True}])
-def test_logits_equal_numpy_in_one_pass_in_chunks_and_in_single_steps(changes):
+    {"kv_heads": 4}, {"kv_heads": 1, "tied": True}, {"rope_scaling": LLAMA31, "norm_eps": 0.1},
+    {"qkv_bias": True}, {"qkv_bias": True, "out_bias": True}, {"qk_norm": True, "tied": True}])
+def test_logits_are_those_of_numpy_and_of_transformers_in_one_pass_in_chunks_and_in_single_steps(
+        changes, tmp_path):
     model, tokens = random_model(**changes), torch.randint(0, 300, (2, 30))
     expected = np.stack([numpy_llama(model, row.numpy()) for row in tokens])
     cache = DenseCache(model.config, batch=2, device="cpu")
     parts = [model(part, cache) for part in tokens.split([11, 1, 1, 9, 1, 7], dim=1)]
-    for logits in (model(tokens), model(tokens, last_only=True), torch.cat(parts, dim=1)):
+    save_pretrained(model, tmp_path, torch.float32)
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)(tokens).logits.detach()
+    for logits in (model(tokens), model(tokens, last_only=True), torch.cat(parts, dim=1), theirs,
+                   Llama.from_pretrained(tmp_path, "cpu")(tokens)):
         np.testing.assert_allclose(logits, expected[:, -logits.shape[1]:], rtol=1e-3, atol=1e-3)
 
+def test_a_cache_is_told_where_a_pass_begins_and_ends_and_says_where_it_stands():
+    class Log(NoCache):
+        def __init__(self):
+            self.calls = []
+
+        def attend(self, layer, q, k, v):
+            self.calls.append((layer, q.shape[2]))
+            return super().attend(layer, q, k, v)
+
+    cache, model, tokens = Log(), random_model(), torch.randint(0, 300, (1, 5))
+    cache.begin, cache.end = (lambda T: cache.calls.append(("begin", T))), (
+        lambda T: cache.calls.append(("end", T)))
+    logits = model(tokens, cache)
+    assert cache.calls == [("begin", 5), (0, 5), (1, 5), ("end", 5)]
+    cache.position = 40  # RoPE is relative: what is shifted as a whole attends alike
+    torch.testing.assert_close(model(tokens, cache), logits, rtol=1e-3, atol=1e-3)
+
+# ---- Configuration -------------------------------------------------------------------------------
 
 def test_configs_of_all_families_and_both_spellings_of_rope_are_read():
-    hf, scaling = SMALL.to_hf(), {"rope_type": "llama3", **LLAMA31}
+    hf, scaling = to_hf(SMALL), {"rope_type": "llama3", **LLAMA31}
     old = {**hf, "rope_theta": 5e5, "rope_scaling": scaling}
     new = {**hf, "rope_theta": None, "rope_parameters": {"rope_theta": 5e5, **scaling}}
     scaled = replace(SMALL, rope_theta=5e5, rope_scaling=LLAMA31)
     assert Config.from_hf(old) == Config.from_hf(new) == scaled and Config.from_hf(hf) == SMALL
     qwen = {**hf, "model_type": "qwen2", "sliding_window": 128, "use_sliding_window": False}
-    assert Config.from_hf(qwen).qkv_bias and not Config.from_hf(qwen).out_bias
+    assert not Config.from_hf(qwen).out_bias and Config.from_hf({**hf, "model_type": "qwen3"}).qk_norm
     assert Config.from_hf({**hf, "model_type": "mistral", "sliding_window": None}).kv_heads == 2
 
+@pytest.mark.parametrize("kind", ["llama", "qwen2", "qwen3", "mistral"])
+def test_what_a_config_leaves_out_is_what_transformers_fills_in(kind):
+    given = {"vocab_size": 300, "hidden_size": 256, "intermediate_size": 9, "num_hidden_layers": 2,
+             "num_attention_heads": 32, "sliding_window": None}
+    whole = transformers.AutoConfig.for_model(kind, **given).to_dict()
+    ours = Config.from_hf({"model_type": kind, "eos_token_id": whole["eos_token_id"], **given})
+    assert ours == Config.from_hf(whole)
 
-@pytest.mark.parametrize("change, named", [
-    ({"model_type": "mixtral"}, "mixtral"), ({"rope_scaling": {"rope_type": "yarn"}}, "yarn"),
-    ({"rope_scaling": {"type": "linear", "factor": 2}}, "linear"), ({"hidden_act": "gelu"}, "gelu"),
-    ({"model_type": "mistral", "sliding_window": 128}, "sliding_window"),
-    ({"model_type": "qwen2", "use_sliding_window": True, "sliding_window": 128}, "sliding_window"),
-    ({"layer_types": ["full_attention", "sliding_attention"]}, "layer_types"),
-    ({"quantization_config": {"quant_method": "gptq"}}, "gptq"), ({"mlp_bias": True}, "mlp_bias"),
-    ({"hidden_size": None}, "hidden_size"), ({"num_key_value_heads": 3}, "num_key_value_heads")])
-def test_what_is_not_computed_is_refused_by_name(change, named):
-    with pytest.raises(InputError, match=named):
-        Config.from_hf({**SMALL.to_hf(), **change})
+NUMBERS = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads",
+           "intermediate_size", "num_key_value_heads", "head_dim", "max_position_embeddings")
+MALFORMED = [  # what the line names, and what the config.json says instead
+    *[(name, {name: value}) for name in NUMBERS for value in ("8", NAN, 0, -1, 10**12, [8], 1.5)],
+    *[(name, {name: None}) for name in NUMBERS[:5]],
+    *[(name, {name: value}) for name in ("rms_norm_eps", "rope_theta")
+      for value in ("1e4", NAN, 0, -1, [1], 10**400, True)],
+    *[(name, {name: value}) for name in ("tie_word_embeddings", "attention_bias")
+      for value in ("no", 1, [])],
+    *[("eos_token_id", {"eos_token_id": value}) for value in ("2", NAN, ["2"], {}, [[2]])],
+    *[(name, {"rope_scaling": {**LLAMA31, "rope_type": "llama3", name: value}})
+      for name in LLAMA31 for value in (None, "8", NAN, 0, -1, [1])],
+    ("high_freq_factor", {"rope_scaling": {**LLAMA31, "rope_type": "llama3", "high_freq_factor": 1}}),
+    ("yarn", {"rope_scaling": {"rope_type": "yarn"}}), ("config.json", {"rope_scaling": "llama3"}),
+    ("linear", {"rope_scaling": {"type": "linear", "factor": 2}}),
+    ("config.json", {"rope_parameters": {"rope_type": [1]}}), ("mixtral", {"model_type": "mixtral"}),
+    ("model_type", {"model_type": None}), ("config.json", {"model_type": ["llama"]}),
+    ("sliding_window", {"model_type": "mistral", "sliding_window": 128}),
+    ("sliding_window", {"model_type": "qwen2", "use_sliding_window": True, "sliding_window": 128}),
+    ("layer_types", {"layer_types": ["full_attention", "sliding_attention"]}),
+    ("config.json", {"layer_types": 3}), ("gptq", {"quantization_config": {"quant_method": "gptq"}}),
+    ("hidden_act", {"hidden_act": "gelu"}), ("mlp_bias", {"mlp_bias": True}),
+    ("num_key_value_heads", {"num_key_value_heads": 3}), ("head_dim", {"head_dim": 7}),
+    ("partial_rotary_factor", {"partial_rotary_factor": 0.5})]
 
+def test_what_is_malformed_or_not_computed_is_refused_by_name(tmp_path):
+    path, whole = tmp_path / "config.json", to_hf(SMALL)
+    for named, change in MALFORMED:
+        path.write_text(json.dumps({**whole, **change}))
+        assert says(named, Config.from_pretrained, tmp_path), change
+    for text in ("{", "[1]", "\x00"):
+        path.write_text(text)
+        assert says("config.json", Config.from_pretrained, tmp_path)
 
-def test_shards_load_as_one_file_and_every_tensor_that_does_not_fit_is_named(tmp_path):
-    model, tokens = random_model(), torch.randint(0, 300, (1, 9))
-    model.save_pretrained(tmp_path, torch.float32)
-    whole, index = tmp_path / "model.safetensors", tmp_path / "model.safetensors.index.json"
+# ---- Weights and folders -------------------------------------------------------------------------
+
+@pytest.fixture
+def folder(tmp_path):
+    """The folder of a random model with tied weights; its tokenizer is tiny's."""
+    save_pretrained(random_model(tied=True), tmp_path, torch.float32)
+    (tmp_path / "tokenizer.json").write_bytes((TINY / "tokenizer.json").read_bytes())
+    return tmp_path
+
+def test_weights_are_found_whole_in_shards_tied_or_not_and_of_several_types(folder):
+    model, tokens = random_model(tied=True), torch.randint(0, 300, (1, 9))
+    whole, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
     state = load_file(whole)
+
+    def check(tolerance=1e-5):
+        ours = Llama.from_pretrained(folder, "cpu")
+        torch.testing.assert_close(ours(tokens), model(tokens), rtol=tolerance, atol=tolerance)
+        assert {x.dtype for x in ours.parameters()} == {torch.float32}
+
+    index.write_text(json.dumps({"weight_map": dict.fromkeys(state, "gone.safetensors")}))
+    check()  # the whole file comes before an index that may be left over
     whole.unlink()
     shards = {name: f"{i % 2}.safetensors" for i, name in enumerate(state)}
     for shard in set(shards.values()):
-        save_file({name: state[name] for name in state if shards[name] == shard}, tmp_path / shard)
+        save_file({name: state[name] for name in state if shards[name] == shard}, folder / shard)
     index.write_text(json.dumps({"weight_map": shards}))
-    torch.testing.assert_close(Llama.from_pretrained(tmp_path, "cpu")(tokens), model(tokens))
-    index.unlink()
-    state["model.layers.0.mlp.up_proj.weight"] = torch.zeros(3, 3)
-    state["model.extra.weight"] = state.pop("model.norm.weight")
-    save_file(state, whole)
-    misfits = 'Missing.* "norm.*Unexpected.* "extra.*mismatch for layers.0.mlp.up_proj.*3, 3'
-    with pytest.raises(InputError, match=misfits):
-        Llama.from_pretrained(tmp_path, "cpu")
+    check()
+    save_file({name: x.bfloat16() if x.dim() == 1 else x for name, x in state.items()}, whole)
+    check(tolerance=0.5)  # what is bfloat16 becomes float32, as the rest is
+    model.lm_head.weight = torch.nn.Parameter(torch.randn(300, 32), requires_grad=False)
+    save_file({**state, "lm_head.weight": model.lm_head.weight}, whole)
+    check()  # a head of its own in the file is used, whatever config.json says
 
+NORM, UP = "model.norm.weight", "model.layers.0.mlp.up_proj.weight"
 
-def test_a_model_that_came_from_the_hub_once_is_found_without_a_network(tmp_path, monkeypatch):
-    for name, value in (("HF_HUB_OFFLINE", True), ("HF_HUB_CACHE", str(tmp_path))):
-        monkeypatch.setattr(f"huggingface_hub.constants.{name}", value)
-    folder = tmp_path / "models--some--one"
-    for path in ("refs", "snapshots/1", ".no_exist/1"):
-        (folder / path).mkdir(parents=True)
-    (folder / "refs/main").write_text("1")
-    (folder / "snapshots/1/config.json").write_bytes((TINY / "config.json").read_bytes())
-    (folder / ".no_exist/1/generation_config.json").touch()  # the Hub said so, then
-    assert Config.from_pretrained("some/one") == Config.from_pretrained("tiny")
-    for name in ("some/one", "not a/name"):  # what is neither here nor known to be absent
-        with pytest.raises(InputError, match=f"'{name}'.*no chat_template.jinja"):
-            find_file(name, "chat_template.jinja", required=False)
+@pytest.mark.parametrize("change, words", [
+    ({NORM: torch.full((32,), NAN)}, "norm.weight holds NaN"),
+    ({UP: torch.full((48, 32), -torch.inf)}, "up_proj.weight holds NaN or infinity"),
+    ({UP: torch.zeros(48, 32, dtype=torch.int8)}, "up_proj.weight is int8"),
+    ({UP: torch.zeros(48, 32).to(torch.float8_e4m3fn)}, "up_proj.weight is float8_e4m3fn"),
+    ({UP: torch.zeros(3, 3)}, "layers.0.mlp.up_proj.weight"), ({NORM: None}, '"norm.weight"'),
+    ({"model.extra.weight": torch.zeros(3)}, '"extra.weight"'),
+    ({f"model.layers.{i}.x.weight": torch.zeros(1) for i in range(999)}, "do not fit")])
+def test_weights_that_cannot_be_used_are_refused_by_name_in_a_short_line(folder, change, words):
+    changed = {**load_file(folder / "model.safetensors"), **change}
+    save_file({name: x for name, x in changed.items() if x is not None}, folder / "model.safetensors")
+    assert says(words, Llama.from_pretrained, folder, "cpu")
 
+@pytest.mark.parametrize("index, words", [
+    ({"weight_map": {NORM: "gone.safetensors"}}, "gone.safetensors"), ({"metadata": {}}, "weight_map"),
+    ({"weight_map": {NORM: "../outside.safetensors"}}, "outside.safetensors"), ([1], "index.json"),
+    ({"weight_map": {NORM: None}}, "cannot be read"), ({"weight_map": "x"}, "cannot be read")])
+def test_an_index_names_shards_that_are_there_and_in_its_folder(folder, index, words):
+    (folder / "model.safetensors").rename(folder.parent / "outside.safetensors")
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    assert says(words, Llama.from_pretrained, folder, "cpu")
+
+def test_a_model_has_many_names_and_what_is_none_is_told_what_it_is(folder, tmp_path, monkeypatch):
+    monkeypatch.chdir(folder.parent)
+    monkeypatch.setenv("HOME", str(folder.parent))
+    Dictionaries(torch.eye(8).expand(2, 2, 8, 8), torch.ones(2, 2), {"n_layers": 2, "head_dim": 8}
+                 ).save(folder / "dictionary.safetensors")
+    for name in (folder.name, f"./{folder.name}", f"{folder.name}/", f"~/{folder.name}", str(folder)):
+        assert Config.from_pretrained(name) == replace(SMALL, tied=True)
+        assert torch.equal(Dictionaries.load(name).atoms, Dictionaries.load(Dictionaries.find(name)).atoms)
+    for name in ("a.gguf", "a.safetensors"):
+        with open(name, "wb") as file:
+            file.truncate(2**36)  # nobody reads it
+        assert says("is a file", Llama.from_pretrained, name)
+    (folder / "tokenizer.json").rename(folder / "vocab.json")
+    (folder / "merges.txt").touch()
+    assert says("merges.txt", Tokenizer.from_pretrained, folder)
+    assert says("'absent' does not exist", Llama.from_pretrained, "absent")
+
+def test_a_complete_download_works_without_a_network_though_optional_files_are_absent(
+        folder, tmp_path_factory, monkeypatch):
+    cache = tmp_path_factory.mktemp("hub")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(cache))
+    (cache / "models--some--one/refs").mkdir(parents=True)
+    (cache / "models--some--one/refs/main").write_text("0" * 40)
+    shutil.copytree(folder, cache / "models--some--one/snapshots" / ("0" * 40))
+    for part in (Config, Llama, Tokenizer):
+        assert part.from_pretrained("some/one")
+    for name in ("some/other", "not a/name"):
+        assert says(f"'{name}'", Config.from_pretrained, name)
 
 MEMORY = """import resource, sys, torch; from model import Llama
 peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 before = peak(); model = Llama.from_pretrained(sys.argv[1], "cpu")
 print(sum(p.sum().item() for p in model.parameters()) and peak() - before)"""
 
-
 def test_loading_needs_little_more_memory_than_the_weights(tmp_path):
-    config = replace(SMALL, dim=1024, ffn_dim=8192, n_layers=4, tied=True)
-    Llama.random(config, "cpu", torch.bfloat16).save_pretrained(tmp_path)
+    model = Llama(replace(SMALL, dim=1024, ffn_dim=8192, n_layers=4, tied=True))
+    save_pretrained(model, tmp_path)
     used = subprocess.check_output([sys.executable, "-c", MEMORY, tmp_path], cwd=TINY.parent)
     assert int(used) < 1.3 * (tmp_path / "model.safetensors").stat().st_size
 
+# ---- Tokenizer -----------------------------------------------------------------------------------
 
-# The tokenizer
-
-BYTES = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True}
+HF = json.loads((TINY / "tokenizer.json").read_text())
+BYTES = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
 DIGITS = {"type": "Digits", "individual_digits": True}
-PIECES = [" ", "  ", "\n", "\r\n", "\t", "'s", "'LL", "12", " 7", "3456", "the ", " cat", "é",
-          "\u3000", "²", "Ⅷ", "e\u0301", "\u00a0", "<|end_of_text|>", "🦙"]
+PIECES = [" ", "  ", "\n", "\r\n", "\t", "'s", "'LL", "12", " 7", "3456", "the ", " cat", "é", "ü", "ш",
+          "\u3000", "²", "Ⅷ", "e\u0301", "\u00a0", "<|end_of_text|>", "<think>", " <eot> ", "🦙"]
 
+def characters(missing="", **flags):
+    """Every byte a token but the missing ones, and added tokens, of which only <eot> is special.
+    (The byte that BPE calls "ü", 0xFC, is in no UTF-8 text.)"""
+    alphabet = sorted(set(pre_tokenizers.ByteLevel.alphabet()) - {"ü", *missing})
+    hf = tokenizers.Tokenizer(BPE({c: i for i, c in enumerate(alphabet)}, []))
+    hf.pre_tokenizer, hf.decoder = pre_tokenizers.ByteLevel(False), decoders.ByteLevel()
+    hf.add_tokens([AddedToken(name, normalized=False, **flags) for name in ("<think>", "ü", "ш")])
+    hf.add_special_tokens([AddedToken("<eot>", normalized=False, **flags)])
+    return json.loads(hf.to_str())
 
-@pytest.mark.parametrize("family", [
-    {}, {"pre_tokenizer": BYTES}, {"normalizer": {"type": "NFC"}},  # Llama 3, GPT-2, Qwen2.5
-    {"pre_tokenizer": {"type": "Sequence", "pretokenizers": [DIGITS, BYTES]}},  # SmolLM2
-    {"normalizer": {"type": "Lowercase"}}])  # any other, which Hugging Face's package runs
-def test_tokens_are_those_of_hf_and_streaming_never_shows_half_a_character(family, tmp_path):
-    hf, rng = {**json.loads((TINY / "tokenizer.json").read_text()), **family}, random.Random(0)
-    vocab = hf["model"]["vocab"]  # ids need not follow the order of the merges: shuffle them
-    plain = [token for token in vocab if not token.startswith("<|")]
-    vocab.update(zip(plain, rng.sample([vocab[token] for token in plain], len(plain))))
+def metaspace(model):
+    """A Unigram vocabulary with SentencePiece's spaces, or as Llama 2 has it, falling back to bytes."""
+    letters = [*"▁abcdefghijklmnopqrstuvwxyz", "th", "the", "▁the"]
+    if model == "Unigram":
+        hf = tokenizers.Tokenizer(Unigram([("<unk>", 0.0), *((x, -len(x)) for x in letters)], 0))
+        hf.pre_tokenizer, hf.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
+    else:
+        vocab = ["<unk>", *(f"<0x{byte:02X}>" for byte in range(256)), *letters]
+        merges = [("t", "h"), ("th", "e"), ("▁", "the")]
+        hf = tokenizers.Tokenizer(BPE(dict(zip(vocab, range(999))), merges, byte_fallback=True))
+        hf.normalizer = Sequence([Prepend("▁"), Replace(" ", "▁")])
+        hf.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(),
+                                        decoders.Fuse(), decoders.Strip(" ", 1, 0)])
+    hf.add_special_tokens(["<s>"])
+    hf.post_processor = TemplateProcessing("<s> $A", None, [("<s>", hf.token_to_id("<s>"))])
+    return json.loads(hf.to_str())
+
+CUT = {"direction": "Right", "max_length": 4, "strategy": "LongestFirst", "stride": 0}
+PAD = {"strategy": {"Fixed": 99}, "direction": "Right", "pad_to_multiple_of": None, "pad_id": 1,
+       "pad_type_id": 0, "pad_token": "<|end_of_text|>"}
+
+@pytest.mark.parametrize("hf, reversible", [
+    (HF, True), ({**HF, "truncation": CUT, "padding": PAD}, True),  # Llama 3, left-overs
+    ({**HF, "pre_tokenizer": BYTES}, True), ({**HF, "normalizer": {"type": "NFC"}}, False),  # GPT-2
+    ({**HF, "pre_tokenizer": {"type": "Sequence", "pretokenizers": [DIGITS, BYTES]}}, True),
+    ({**HF, "pre_tokenizer": {**BYTES, "add_prefix_space": True}}, False),
+    ({**HF, "model": {**HF["model"], "ignore_merges": True}}, True),
+    ({**HF, "normalizer": {"type": "Lowercase"}}, False), (characters(), True),
+    (characters(missing="Àñ\u0104c"), False), (characters(lstrip=True, rstrip=True), False),
+    (characters(single_word=True), True), (metaspace("BPE"), True), (metaspace("Unigram"), False)])
+def test_tokens_are_those_of_hf_and_streaming_never_shows_half_a_character(
+        hf, reversible, tmp_path):
     (tmp_path / "tokenizer.json").write_text(json.dumps(hf))
-    theirs = tokenizers.Tokenizer.from_str(json.dumps(hf))
-    ours = Tokenizer.from_pretrained(tmp_path)
+    theirs = tokenizers.Tokenizer.from_str(json.dumps({**hf, "truncation": None, "padding": None}))
     theirs.encode_special_tokens = True  # as ours: "<|end_of_text|>" in a text is only text
-    characters = [chr(code) for code in range(0x110000) if not 0xD800 <= code < 0xE000]
-    for _ in range(300):
-        text = "".join(rng.choices(PIECES + rng.sample(characters, 20), k=60))
-        ids = ours.encode(text)
+    ours, rng = Tokenizer.from_pretrained(tmp_path), random.Random(0)
+    every = [chr(code) for code in range(0x110000) if not 0xD800 <= code < 0xE000]
+    for _ in range(30):
+        text = "".join(rng.choices(PIECES + rng.sample(every, 20), k=60))
+        ids, stream, shown = ours.encode(text), ours.stream(), ""
         assert ids == theirs.encode(text).ids
-        assert "".join(map(ours.stream(), [*ids, None])) == ours.decode(ids)
-        assert "normalizer" in family or ours.decode(ids) == text
+        assert ours.encode(text, bos=False) == theirs.encode(text, add_special_tokens=False).ids
+        for count, i in enumerate(ids, 1):
+            shown += stream(i)
+            whole = ours.decode(ids[:count])  # what is half a character ends in U+FFFD
+            assert whole.endswith("\ufffd") or shown == whole
+        assert shown + stream(None) == ours.decode(ids) == (text if reversible else whole)
+        assert reversible or "ü" in text or whole == theirs.decode(ids)
 
+def test_only_special_tokens_are_dropped_and_only_a_template_means_them(tmp_path):
+    (tmp_path / "tokenizer.json").write_text(json.dumps(characters()))
+    ours, text = Tokenizer.from_pretrained(tmp_path), "Tür<think>a</think>"
+    theirs, eot = tokenizers.Tokenizer.from_file(f"{tmp_path}/tokenizer.json"), ours.special["<eot>"]
+    assert ours.special == {"<eot>": theirs.token_to_id("<eot>")}
+    assert ours.encode(f"{text}<eot>", special=True) == theirs.encode(f"{text}<eot>").ids
+    assert eot not in ours.encode(f"{text}<eot>")
+    ids = [eot, *ours.encode(text), eot]
+    assert ours.decode(ids) == "".join(map(ours.stream(), [*ids, None])) == text
+    assert says("'<eot>'", ours.check, ids, replace(SMALL, vocab_size=eot))
 
-def test_tiktoken_files_and_other_vocabularies_are_read(tmp_path):
+def test_tiktoken_files_are_read(tmp_path):
     tokens = [bytes([b]) for b in range(256)] + [b"he", b"hel", b"hell", b"hello"]
     lines = [base64.b64encode(token) + b" %d" % rank for rank, token in enumerate(tokens)]
     (tmp_path / "tokenizer.model").write_bytes(b"\n".join(lines))
-    assert Tokenizer.from_pretrained(tmp_path).encode("hello hell") == [128000, 259, 32, 258]
-    bpe = tokenizers.SentencePieceBPETokenizer()
-    bpe.train_from_iterator(["the cat sat on the mat " * 50], vocab_size=60, show_progress=False)
-    bpe.save(str(tmp_path / "tokenizer.json"))
-    ids = Tokenizer.from_pretrained(tmp_path).encode("the cat sat")
-    assert ids == bpe.encode("the cat sat", add_special_tokens=False).ids
-    assert Tokenizer.from_pretrained(tmp_path).decode(ids) == " the cat sat"
+    ours, hello = Tokenizer.from_pretrained(tmp_path), [128000, 259, 32, 258]
+    assert ours.encode("hello hell") == hello and ours.decode(hello) == "hello hell"
+    assert ours.encode("hell<|eot_id|>", bos=False, special=True) == [258, 128009]
+    assert "".join(map(ours.stream(), [*ours.encode("é<|eot_id|>🦙"), None])) == "é<|eot_id|>🦙"
+
+@pytest.mark.parametrize("name, data", [
+    ("tokenizer.json", b"{"), ("tokenizer.json", b"[]"), ("tokenizer.json", b"\xff\xfe{}"),
+    ("tokenizer.json", json.dumps({**HF, "model": {**HF["model"], "merges": None}}).encode()),
+    ("tokenizer.json", json.dumps({**HF, "added_tokens": [{"id": -1}]}).encode()),
+    ("tokenizer.model", b"x"), ("tokenizer.model", b"aGU= x"), ("tokenizer.model", b"\x80 1")])
+def test_a_damaged_tokenizer_is_refused_by_name(tmp_path, name, data):
+    (tmp_path / name).write_bytes(data)
+    assert says(name, Tokenizer.from_pretrained, tmp_path)
+
+def test_what_a_tokenizer_cannot_encode_is_refused(tmp_path):
+    hf = metaspace("Unigram")
+    hf["model"]["unk_id"] = None
+    (tmp_path / "tokenizer.json").write_text(json.dumps(hf))
+    assert says("unk_id", Tokenizer.from_pretrained(tmp_path).encode, "É")

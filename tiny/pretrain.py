@@ -10,6 +10,9 @@ it reads each many times; dropout and strong weight decay keep it from learning 
 tenth of every batch is recall text, to learn to look things up.
 """
 import argparse
+import functools
+import json
+import os
 import random
 import re
 import sys
@@ -18,10 +21,12 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn as nn
 import torch.nn.functional as F
+from safetensors.torch import save
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # model.py lies one folder up
-from model import LLAMA3_SPLIT, Config, Llama, Tokenizer
+from model import HF_NAMES, LLAMA3_SPLIT, Config, Llama, Tokenizer
 
 SETTINGS = dict(text="stories", data=".data", out="tiny", steps=4810, batch=48, layers=6, dim=384)
 VOCAB, BOS, EOS = 4096, 0, 1
@@ -135,7 +140,7 @@ def prepare(args, n_rows=3000):
     simple = {part: sum(list(groups.values())[:3], []) for part, groups in parts.items()}
     out.mkdir(parents=True, exist_ok=True)
     train_tokenizer(simple["train"]).save(str(out / "tokenizer.json"))
-    encode = Tokenizer.from_pretrained(out).encode_text
+    encode = functools.partial(Tokenizer.from_pretrained(out).encode, bos=False)
     for part, n, name in (("train", n_rows, "train.txt"), ("held", 64, "held-out.txt")):
         for group, docs in parts[part].items():
             arrays[f"{group}.{part}"] = [i for doc in docs for i in (BOS, *encode(doc), EOS)]
@@ -144,6 +149,42 @@ def prepare(args, n_rows=3000):
         (out / name).write_text("\n\n\n".join(simple[part]))
     np.savez_compressed(out / "tokens.npz", **{k: np.uint16(v) for k, v in arrays.items()})
     print("\n".join(f"{name:15} {len(array):10,} tokens" for name, array in arrays.items()))
+
+
+def init_weights(model):
+    "GPT-2's initialisation: normal(0.02), less for the projections that write to x."
+    for name, parameter in model.named_parameters():
+        if parameter.dim() == 1:
+            nn.init.constant_(parameter, 0.0 if name.endswith("bias") else 1.0)
+        else:
+            writes = name.endswith(("o_proj.weight", "down_proj.weight"))
+            nn.init.normal_(parameter, std=0.02 / (2 * model.config.n_layers) ** (writes / 2))
+    return model
+
+
+def to_hf(config):
+    "The dict of the config.json that Config.from_hf reads."
+    kind = "qwen2" if config.qkv_bias and not config.out_bias else "llama"
+    kind = "qwen3" if config.qk_norm else kind
+    hf = {name: getattr(config, ours) for ours, name in HF_NAMES.items()}
+    if kind == "qwen2":  # it has no such field, its biases are a matter of course
+        del hf["attention_bias"]
+    if config.rope_scaling:
+        hf["rope_scaling"] = {"rope_type": "llama3", **config.rope_scaling}
+    return {"architectures": [f"{kind.capitalize()}ForCausalLM"], "model_type": kind,
+            "hidden_act": "silu", **hf, "eos_token_id": list(config.eos_ids)}
+
+
+def save_pretrained(model, folder, dtype=torch.bfloat16):
+    "Write config.json and model.safetensors in Hugging Face's layout, each whole or not at all."
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    state = {name if name == "lm_head.weight" else f"model.{name}": parameter.detach().to(dtype)
+             for name, parameter in model.named_parameters()}
+    config = {**to_hf(model.config), "torch_dtype": str(dtype)[6:]}
+    for name, data in (("model.safetensors", save(state, {"format": "pt"})),
+                       ("config.json", f"{json.dumps(config, indent=2)}\n".encode())):
+        Path(folder, f"{name}.part").write_bytes(data)
+        os.replace(Path(folder, f"{name}.part"), Path(folder, name))
 
 
 def sample_batch(data, size, digits):
@@ -186,12 +227,13 @@ def train(args):
     "Write the model that `args.steps` batches make of the data in --data into --out."
     device = "cuda" if torch.cuda.is_available() else "cpu"
     torch.manual_seed(0)
-    digits = Tokenizer.from_pretrained(args.data).encode_text("0123456789")
+    digits = Tokenizer.from_pretrained(args.data).encode("0123456789", bos=False)
     digits, arrays = torch.tensor(digits, device=device), np.load(f"{args.data}/tokens.npz")
     data = {name: torch.from_numpy(arrays[name].astype("int64")).to(device) for name in arrays}
     config = Config(VOCAB, args.dim, args.layers, args.dim // 64, kv_heads=2, head_dim=64,
-                    ffn_dim=args.dim * 8 // 3, context=ROW - 1, tied=True, bos_id=0, eos_ids=(1,))
-    model = Llama(config).init_weights().to(device)
+                    ffn_dim=args.dim * 8 // 3, context=ROW - 1, norm_eps=1e-5, tied=True,
+                    eos_ids=(1,))
+    model = init_weights(Llama(config)).to(device)
     for layer in model.layers:  # dropout on what each half of a layer adds to the residual stream
         for half in (layer.self_attn, layer.mlp):
             half.register_forward_hook(lambda half, _, x: F.dropout(x, 0.2, half.training))
@@ -212,7 +254,7 @@ def train(args):
             optimizer.zero_grad()
         if step % 250 == 0 or step == args.steps:
             print(f"{step}: train {loss.mean().item():.3f} {evaluate(model, data)}", flush=True)
-    model.save_pretrained(args.out, torch.bfloat16)
+    save_pretrained(model, args.out)
     Path(args.out, "tokenizer.json").write_bytes(Path(args.data, "tokenizer.json").read_bytes())
 
 
