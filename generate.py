@@ -8,6 +8,7 @@ beside those of a dense one. --compare runs both caches, --chat holds a conversa
 import functools
 import importlib.util
 import json
+import os
 import re
 import sys
 import time
@@ -16,10 +17,11 @@ from math import inf
 from pathlib import Path
 from statistics import fmean
 
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # busy cores: waiting threads must not spin
 import torch
 import torch.nn.functional as F
 
-from kernels.graphs import Recorded
+from kernels.graphs import Recorded, compile_layers
 from kernels.parallel import from_rank_0, parallelize, world
 from lexico import CODINGS, DenseCache, Dictionaries, SparseCache
 from model import InputError, Llama, Tokenizer, door, find_folder

@@ -136,7 +136,8 @@ def product_quantisation(d, kv, sinks):
     def nearest(x, book):  # (P, V, d), (P, 256, d) to (P, V)
         return torch.cat([torch.cdist(part, book).argmin(-1) for part in x.split(4096, dim=1)], dim=1)
 
-    def k_means(x, steps=10):
+    def k_means(x, steps=10, most=8192):  # vectors to learn from
+        x = x[:, ::-(-x.shape[1] // most)]
         book = x[:, torch.randperm(x.shape[1], generator=torch.Generator().manual_seed(0))[:256]]
         for _ in range(steps):
             mine = nearest(x, book)[..., None]  # (P, V, 1)

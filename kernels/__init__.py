@@ -9,8 +9,7 @@ import sys
 
 import torch
 
-
-@functools.lru_cache(None)
+@functools.cache
 def kernels_serve(device):
     """Whether this device runs the kernels. If it is a GPU that cannot, one line says why."""
     if device.type != "cuda" or os.environ.get("LEXICO_KERNELS") == "0":
@@ -26,14 +25,12 @@ def kernels_serve(device):
         print(f"no kernels on {device} ({reason}): torch serves", file=sys.stderr)
         return False
 
-
 def omp_fused(D, Y, sparsity, bits=0):
     """What solve(D, *pursue(D, Y, sparsity), bits) of omp.py returns; D (L, N, m), Y (L, B, m)."""
     if not kernels_serve(D.device):
         return None
     from kernels.omp import launch
     return launch(D, Y, sparsity, bits)
-
 
 def attend_fused(q, key_codes, value_codes, compressed, keys, values, seen):
     """What attend_codes of lexico.py returns, for one new token: q is (B, G H, 1, m)."""

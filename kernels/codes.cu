@@ -1,13 +1,14 @@
 // Attention of one new token over codes, with look-ups in shared memory, which Triton cannot do.
 //
-// A block (1024 threads; grid: chunks x heads) takes a chunk of a KV head's tokens, if it has any:
-//   1. Products: copy the head's table of <q, atom>, N atoms x G rows of q, into shared memory.
-//   2. Scores: a token's s look-ups give its G scores, which stay in shared memory.
+// A token has a code for each KV head, or for several together; R rows of q belong to it. A block
+// (1024 threads; grid: chunks x codes of a token) takes a chunk of tokens, if it has any:
+//   1. Products: copy <q, atom> of N atoms and R rows, padded to RP = 2^n, into shared memory.
+//   2. Scores: the s look-ups of a token's code give R scores, which stay in shared memory.
 //   3. Weights: 2^(score - largest score) take their place, and are summed up.
 //   4. Values: zeros take the products' place. Every token adds weight x coefficient to its atoms.
-//   5. That table leaves, and each row's largest score and sums: `combine` joins the chunks.
+//   5. That table leaves, and each row's largest score and sum: `combine` joins the chunks.
 // Step 4 adds integers. Shared memory adds them by itself, and unlike a sum of floats, theirs does
-// not depend on the order. Weights are divided by the chunk's sum of weight x step size, so that no
+// not depend on the order. In units of the chunk's sum of weights and of its largest step size, no
 // entry passes LARGEST, the largest coefficient in steps. The integer for that is 2^30.
 // What takes time is that the 32 threads of a warp ask for 32 random atoms, and those that ask the
 // same bank of the memory wait for each other. So products are in half precision, and so in step 4
@@ -15,6 +16,7 @@
 
 typedef unsigned char u8;
 typedef unsigned short u16;
+constexpr int PER_TOKEN = RP < 2 ? 1 : 2, PER_THREAD = RP / PER_TOKEN;
 __device__ float to_float(u16 half) {
   float x;
   asm("cvt.f32.f16 %0, %1;" : "=f"(x) : "h"(half));
@@ -25,23 +27,17 @@ __device__ u16 to_half(float x) {
   asm("cvt.rn.f16.f32 %0, %1;" : "=h"(half) : "f"(x));
   return half;
 }
-__device__ float power_of_2(float x) {
-  asm("ex2.approx.ftz.f32 %0, %0;" : "+f"(x));
-  return x;
-}
-__device__ float step_size(u8 exponent) { return BITS ? power_of_2(exponent / 16.0f - 8) : 1; }
 __device__ constexpr int alignment(int bytes) { return bytes % 16 ? bytes & -bytes : 16; }
 // COUNT numbers, aligned so that a thread reads them in pieces of up to 16 bytes.
 template <class T, int COUNT> struct __align__(alignment(sizeof(T) * COUNT)) Array { T at[COUNT]; };
 
 // The code of a key or value. FP8: a word is an atom, a byte its coefficient in E4M3. Else a word
 // is an atom and, in its low BITS bits, a level, and one byte gives the step size.
-template <int S> struct CodedVector {
-  Array<u16, S> words;
-  Array<u8, BITS ? 1 : S> bytes;
-  __device__ CodedVector(const u16* all_words, const u8* all_bytes, size_t token)
-      : words(((Array<u16, S>*)all_words)[token]),
-        bytes(((Array<u8, BITS ? 1 : S>*)all_bytes)[token]) {}
+template <int S> using Words = Array<u16, S>;
+template <int S> using Bytes = Array<u8, BITS ? 1 : S>;
+template <int S> struct Code {
+  Words<S> words;
+  Bytes<S> bytes;
   __device__ int atom(int j) { return words.at[j] >> BITS; }
   // In steps, without a conversion: a level's bits are the last ones of the float 2^23 + LARGEST +
   // level, and E4M3's, moved to where a float has such bits, make one that is 2^120 too small.
@@ -51,112 +47,96 @@ template <int S> struct CodedVector {
                 : __int_as_float(e4m3 & 0x87f00000) * 1.329227995784916e36f;
   }
 };
-
-// The largest, or the sum, of each of COUNT numbers x over all threads; every thread gets them.
-template <bool MAX> __device__ float join(float x, float y) { return MAX ? fmaxf(x, y) : x + y; }
-template <bool MAX, int COUNT> __device__ void join_threads(float* x) {
-  __shared__ float of_warp[COUNT][32], of_block[COUNT];
-  int lane = threadIdx.x % 32, warp = threadIdx.x / 32, distance = 16;
-  #pragma unroll
-  for (int half = COUNT / 2; half; half /= 2, distance /= 2)  // two lanes: half the numbers each
-    for (int i = 0; i < half; i++) {
-      float mine = lane & distance ? x[i + half] : x[i];
-      float other = lane & distance ? x[i] : x[i + half];
-      x[i] = join<MAX>(mine, __shfl_xor_sync(~0u, other, distance));
-    }
-  for (; distance; distance /= 2) x[0] = join<MAX>(x[0], __shfl_xor_sync(~0u, x[0], distance));
-  of_warp[lane * COUNT / 32][warp] = x[0];
-  __syncthreads();
-  if (warp < COUNT) {
-    float y = of_warp[warp][lane];
-    for (int d = 16; d; d /= 2) y = join<MAX>(y, __shfl_xor_sync(~0u, y, d));
-    of_block[warp] = y;
-  }
-  __syncthreads();
-  for (int i = 0; i < COUNT; i++) x[i] = of_block[i];
-}
+__device__ float step_size(u8 byte) { return BITS ? exp2f(byte / 16.0f - 8) : 1; }
 
 extern "C" __global__ void __launch_bounds__(1024) attend_codes_chunk(
-    const u16* products,                                 // (heads, G, N), in half precision
-    const u16* k_words, const u8* k_bytes,               // (heads, capacity, .)
-    const u16* v_words, const u8* v_bytes, const long long* compressed, int capacity,
-    float4* stats, u16* tables) {                        // (heads, G, CHUNKS) and the same x N
+    const uint4* products,                                 // (codes, N, RP), in half precision
+    const Words<S_K>* k_words, const Bytes<S_K>* k_bytes,  // (codes, capacity)
+    const Words<S_V>* v_words, const Bytes<S_V>* v_bytes, const long long* compressed, int capacity,
+    float2* stats, unsigned* tables) {                     // (codes, R, CHUNKS) and the same x N
   extern __shared__ uint4 shared[];
-  Array<u16, GP>* product_table = (Array<u16, GP>*)shared;               // (N,), in steps 1 and 2
-  int* value_table = (int*)shared;                       // (PER_THREAD, N, PER_TOKEN), in 3 to 5
-  Array<float, GP>* scores = (Array<float, GP>*)(value_table + GP * N);  // (count,), behind both
+  __shared__ int tops[RP], largest_byte;                   // of the chunk
+  __shared__ unsigned totals[RP];
+  Array<u16, RP>* product_table = (Array<u16, RP>*)shared;               // (N,), in steps 1 and 2
+  int* value_table = (int*)shared;                         // (PER_THREAD, N, PER_TOKEN), in 3 to 5
+  Array<float, RP>* scores = (Array<float, RP>*)(value_table + RP * N);  // (count,), behind both
   int n = *compressed, size = max((n + CHUNKS - 1) / CHUNKS, SHORTEST), begin = blockIdx.x * size;
-  int head = blockIdx.y, count = min(size, n - begin), thread = threadIdx.x;
-  if (count <= 0) return;
-  // 1. Products, two atoms at a time. Here as below, codes are loaded well before their use.
-  size_t token = (size_t)head * capacity + begin;        // the first of the chunk
-  CodedVector<S_K> next_key(k_words, k_bytes, token + min(thread, count - 1));
-  for (int i = thread; i < N / 2; i += 1024) {
-    Array<u16, 2 * GP> pair;
-    for (int g = 0; g < G; g++) {
-      unsigned x = ((unsigned*)products)[(head * G + g) * (N / 2) + i];
-      pair.at[g] = x;
-      pair.at[GP + g] = x >> 16;
-    }
-    ((Array<u16, 2 * GP>*)product_table)[i] = pair;
-  }
+  int code = blockIdx.y, last = min(size, n - begin) - 1, thread = threadIdx.x;
+  if (last < 0) return;
+  size_t first_token = (size_t)code * capacity + begin;
+  k_words += first_token, k_bytes += first_token, v_words += first_token, v_bytes += first_token;
+  if (thread < RP) tops[thread] = -(1 << 30), totals[thread] = largest_byte = 0;
+  // 1. Products. Here as below, codes are loaded well before their use.
+  Code<S_K> next_key = {k_words[min(thread, last)], k_bytes[min(thread, last)]};
+  for (int i = thread; i < N * RP / 8; i += 1024)
+    shared[i] = products[(size_t)code * (N * RP / 8) + i];
   __syncthreads();
   // 2. Scores.
-  float top[GP], sums[2 * GP] = {};                      // of weights, then of weight x step size
-  for (int g = 0; g < GP; g++) top[g] = -1e30f;
-  for (int t = thread; t < count; t += 1024) {
-    CodedVector<S_K> key = next_key;
-    next_key = CodedVector<S_K>(k_words, k_bytes, token + min(t + 1024, count - 1));
-    float step = step_size(k_bytes[token + t]);
-    Array<float, GP> score = {};
+  int top[RP];                                             // scores rounded up: no need to be exact
+  for (int r = 0; r < RP; r++) top[r] = -(1 << 30);
+  for (int t = thread; t <= last; t += 1024) {
+    Code<S_K> key = next_key;
+    next_key = {k_words[min(t + 1024, last)], k_bytes[min(t + 1024, last)]};
+    float step = step_size(k_bytes[t].at[0]);
+    Array<float, RP> score = {};
     for (int j = 0; j < S_K; j++) {
-      Array<u16, GP> x = product_table[key.atom(j)];
-      for (int g = 0; g < G; g++) score.at[g] += key.coefficient(j) * to_float(x.at[g]);
+      Array<u16, RP> x = product_table[key.atom(j)];
+      for (int r = 0; r < R; r++) score.at[r] += key.coefficient(j) * to_float(x.at[r]);
     }
-    for (int g = 0; g < G; g++) top[g] = fmaxf(top[g], score.at[g] *= step);
+    for (int r = 0; r < R; r++) top[r] = max(top[r], __float2int_ru(score.at[r] *= step));
     scores[t] = score;
   }
   int side = thread % PER_TOKEN, first = thread / PER_TOKEN, stride = 1024 / PER_TOKEN;
-  CodedVector<S_V> next_value(v_words, v_bytes, token + min(first, count - 1));
-  join_threads<true, GP>(top);
-  // 3. Weights, each times the step size of its token's value.
-  for (int i = thread; i < N * GP / 4; i += 1024) shared[i] = make_uint4(0, 0, 0, 0);
-  for (int t = thread; t < count; t += 1024) {
-    float step = step_size(v_bytes[token + t]);
-    Array<float, GP> x = scores[t];
-    for (int g = 0; g < G; g++) {
-      float weight = power_of_2(x.at[g] - top[g]);
-      sums[g] += weight;
-      sums[GP + g] += x.at[g] = weight * step;
+  Code<S_V> next_value = {v_words[min(first, last)], v_bytes[min(first, last)]};
+  for (int r = 0; r < R; r++) {
+    top[r] = __reduce_max_sync(~0u, top[r]);               // of a warp
+    if (thread % 32 == 0) atomicMax(&tops[r], top[r]);
+  }
+  __syncthreads();
+  // 3. Weights, each times the step size of its token's value, and their sums in 2^31 / size.
+  for (int i = thread; i < N * RP / 4; i += 1024) shared[i] = make_uint4(0, 0, 0, 0);
+  float total[RP] = {}, unit = 2147483648.0f / size;
+  int byte = 0;
+  for (int t = thread; t <= last; t += 1024) {
+    byte = max(byte, v_bytes[t].at[0]);
+    Array<float, RP> x = scores[t];
+    for (int r = 0; r < R; r++) {
+      total[r] += x.at[r] = exp2f(x.at[r] - tops[r]);
+      x.at[r] *= step_size(v_bytes[t].at[0]);
     }
     scores[t] = x;
   }
-  join_threads<false, 2 * GP>(sums);
+  for (int r = 0; r < R; r++) {
+    unsigned sum = __reduce_add_sync(~0u, (unsigned)(total[r] * unit));
+    if (thread % 32 == 0) atomicAdd(&totals[r], sum);
+  }
+  byte = __reduce_max_sync(~0u, byte);
+  if (thread % 32 == 0) atomicMax(&largest_byte, byte);
+  __syncthreads();
   // 4. Values. This thread adds for the rows from side * PER_THREAD on.
-  float units[PER_THREAD] = {};
-  for (int g = 0; g < G; g++)
-    if (g / PER_THREAD == side) units[g % PER_THREAD] = (1 << 30) / (LARGEST * sums[GP + g]);
-  for (int t = first; t < count; t += stride) {
-    CodedVector<S_V> value = next_value;
-    next_value = CodedVector<S_V>(v_words, v_bytes, token + min(t + stride, count - 1));
+  float largest = LARGEST * step_size(largest_byte), to_integer[PER_THREAD];
+  for (int k = 0; k < PER_THREAD; k++)
+    to_integer[k] = (1 << 30) / largest * unit / totals[side * PER_THREAD + k];
+  for (int t = first; t <= last; t += stride) {
+    Code<S_V> value = next_value;
+    next_value = {v_words[min(t + stride, last)], v_bytes[min(t + stride, last)]};
     Array<float, PER_THREAD> weight = ((Array<float, PER_THREAD>*)scores)[t * PER_TOKEN + side];
-    for (int k = 0; k < PER_THREAD; k++) weight.at[k] *= units[k];
+    for (int k = 0; k < PER_THREAD; k++) weight.at[k] *= to_integer[k];
     for (int j = 0; j < S_V; j++)
       for (int k = 0; k < PER_THREAD; k++)
-        if (side * PER_THREAD + k < G)
+        if (side * PER_THREAD + k < R)
           atomicAdd(&value_table[(k * N + value.atom(j)) * PER_TOKEN + side],
                     __float2int_rn(weight.at[k] * value.coefficient(j)));
   }
   __syncthreads();
-  // 5. The table leaves two atoms at a time, in half precision, with 2^15 for 2^30.
-  size_t out = (size_t)head * G * CHUNKS + blockIdx.x;   // where row 0 of the head has this chunk's
+  // 5. The table leaves two atoms at a time, as a mean over the chunk's weights, in half precision.
+  size_t out = (size_t)code * R * CHUNKS + blockIdx.x;     // where row 0 has this chunk's
+  if (thread < R) stats[out + thread * CHUNKS] = make_float2(tops[thread], totals[thread] / unit);
   for (int k = 0; k < PER_THREAD; k++)
     for (int i = thread; i < N / 2; i += 1024) {
       Array<int, 2 * PER_TOKEN> pair = ((Array<int, 2 * PER_TOKEN>*)value_table)[k * (N / 2) + i];
-      for (int g = k, l = 0; g < G; g += PER_THREAD, l++)
-        ((unsigned*)tables)[(out + g * CHUNKS) * (N / 2) + i] =
-            to_half(pair.at[l] / 32768.0f) | (to_half(pair.at[PER_TOKEN + l] / 32768.0f) << 16);
+      for (int r = k, l = 0; r < R; r += PER_THREAD, l++)
+        tables[(out + r * CHUNKS) * (N / 2) + i] = to_half(pair.at[l] * (largest / (1 << 30))) |
+            (to_half(pair.at[PER_TOKEN + l] * (largest / (1 << 30))) << 16);
     }
-  for (int g = 0; g < G; g++)
-    if (thread == 0) stats[out + g * CHUNKS] = make_float4(top[g], sums[g], sums[GP + g], 0);
 }

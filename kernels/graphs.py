@@ -1,7 +1,21 @@
-"""Decoding steps as CUDA graphs: all of a step's kernels in one launch."""
+"""What makes decoding steps short: compiled layers, and CUDA graphs, all kernels in one launch."""
+
+import functools
 
 import torch
 
+from model import Layer
+
+@functools.cache
+def compile_layers():
+    """torch.compile what stands around attention, for one token. (Prompts differ in length and gain
+    little.) The option tunes products of one row with a matrix: they take most time."""
+    def for_one_token(method):
+        compiled = torch.compile(method, options={"coordinate_descent_tuning": True})
+        return lambda layer, x, *more: (compiled if x.shape[1] == 1 else method)(layer, x, *more)
+
+    Layer.before_attention = for_one_token(Layer.before_attention)
+    Layer.after_attention = for_one_token(Layer.after_attention)
 
 class Recorded:
     """A function without arguments that becomes a CUDA graph with its third call, if record() says

@@ -13,11 +13,11 @@ torch the products go to memory and back, to end as an index each. Here they sta
   at once, sweep a part of the dictionary each, and agree on the best atom by an atomic maximum."""
 
 import torch
+import torch.nn.functional as F
 import triton
 import triton.language as tl
 
 ATOMS = tl.constexpr(64)  # of a tile
-
 
 @triton.jit
 def substitute(z, triangle, r, j, step, ROWS: tl.constexpr, S: tl.constexpr,
@@ -32,7 +32,6 @@ def substitute(z, triangle, r, j, step, ROWS: tl.constexpr, S: tl.constexpr,
             c = tl.minimum(tl.maximum(c / step, -LIMIT), LIMIT) + 12582912.0 - 12582912.0
         z = tl.where(j == k, c, z - U * (c * step))
     return z
-
 
 @triton.jit(do_not_specialize=["items", "B"])
 def omp_kernel(Y, D, D_half, scratch, sync, indices, coefficients, exponents, items, B,
@@ -116,21 +115,25 @@ def omp_kernel(Y, D, D_half, scratch, sync, indices, coefficients, exponents, it
             tl.store(coefficients + vector * S + j, c.to(coefficients.dtype.element_ty),
                      mask=real & (j < S))
 
-
 def launch(D, Y, sparsity, bits=0):
     """omp_fused on a GPU; None for what the kernel is not made for."""
     (L, N, m), B, padded = D.shape, Y.shape[1], triton.next_power_of_2(sparsity)
-    if (N % ATOMS.value or N > 2**15 or m not in (64, 128) or sparsity > 32 or Y.numel() == 0
+    if (N % ATOMS.value or N > 2**15 or m % 16 or m > 256 or sparsity > 128 or Y.numel() == 0
             or D.dtype not in (torch.bfloat16, torch.float32) or Y.dtype == torch.float64):
         return None
-    # Few vectors want many loads in flight; many vectors want three programs on a processor.
-    rows, block, stages = (16, 16, 4) if B <= 32 else (32, 32, 3) if B <= 128 else (64, 32, 3)
+    M = max(64, triton.next_power_of_2(m))
+    if m < M:  # zeros behind every vector change nothing
+        D, Y = (F.pad(x, (0, M - m)) for x in (D, Y))
+    # Few vectors want many loads in flight; many vectors want several programs on a processor.
+    rows, stages = (16, 4) if B <= 32 else (32, 3) if B <= 128 else (64, 3)
+    block = min(rows, 4096 // M)
+    size = rows * ((1 + sparsity) * M + (2 + sparsity) * padded)  # scratch of a program, in numbers
+    room = 2**26 // size  # programs: 256 MB serve any number of items
     processors = torch.cuda.get_device_properties(D.device).multi_processor_count
     tiles, items, split = N // ATOMS.value, L * triton.cdiv(B, rows), 1
-    while 2 * split * items <= processors and tiles % (2 * split) == 0:
+    while 2 * split * items <= min(processors, room) and tiles % (2 * split) == 0:
         split *= 2
-    size = rows * ((1 + sparsity) * m + (2 + sparsity) * padded)  # scratch of a program, in numbers
-    programs = min(items * split, 3 * processors, 2**26 // size)  # 256 MB serve any number of items
+    programs = min(items * split, 3 * processors, room)
     scratch = D.new_empty(programs * size, dtype=torch.float32)
     sync = D.new_zeros(items + L * B * sparsity if split > 1 else 1, dtype=torch.int64)
     indices, exponents = (D.new_empty(L, B, n, dtype=torch.int64) for n in (sparsity, 1))
@@ -138,7 +141,7 @@ def launch(D, Y, sparsity, bits=0):
     D_half = D.bfloat16() if D.is_cuda else D  # Triton's interpreter cannot multiply in bf16
     omp_kernel[(programs,)](
         Y.float().contiguous(), D.contiguous(), D_half.contiguous(), scratch, sync, indices,
-        coefficients, exponents, items, B, size, N, m, sparsity, padded, rows, block,
+        coefficients, exponents, items, B, size, N, M, sparsity, padded, rows, block,
         triton.next_power_of_2(tiles) - 1, split, 2.0 ** (bits - 1) - 1 if bits else 0,
         num_warps=4, num_stages=stages, maxnreg=168 if B > 128 else None)
     return (indices, coefficients, exponents) if bits else (indices, coefficients)

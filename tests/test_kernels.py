@@ -15,16 +15,15 @@ import torch.nn.functional as F
 
 import kernels
 from generate import generate
-from kernels.graphs import Recorded
+from kernels.graphs import Recorded, compile_layers
 from lexico import CODINGS, DenseCache, Dictionaries, SparseCache, attend_codes
-from model import Llama, best_device
+from model import Layer, Llama, best_device
 from omp import basis, omp, pursue, relative_error, solve
 
 DEVICE = best_device()
 CUDA = DEVICE.type == "cuda"
 DTYPE = torch.bfloat16 if CUDA else torch.float32
 ROOT = Path(__file__).parent.parent
-
 
 @pytest.fixture
 def chip(monkeypatch):
@@ -39,13 +38,12 @@ def chip(monkeypatch):
     monkeypatch.setattr(kernels.attention, "compile_codes_cu", StandIn)
     return chip
 
+# ---- OMP -----------------------------------------------------------------------------------------
 
-# --------------------------------------------------------------------------------------------------
-# OMP
-
-@pytest.mark.parametrize("m, N, sparsity, B", [(64, 320, 12, 33), (128, 256, 1, 1)] + CUDA * [
-    (m, N, s, B) for m in (64, 128) for N in (512, 1024, 4096) for s in (1, 8, 32)
-    for B in (1, 7, 1000)])
+@pytest.mark.parametrize("m, N, sparsity, B", [
+    (64, 320, 12, 33), (128, 256, 1, 1), (192, 128, 5, 3), (256, 64, 33, 1)] + CUDA * [
+    (m, N, s, B) for m in (64, 128, 192, 256) for N in (512, 1024, 4096) for s in (1, 8, 33)
+    for B in (1, 7, 1000)] + CUDA * [(256, 2048, 100, B) for B in (1, 60, 300)])
 def test_fused_omp_errs_as_much_as_the_readable_one(chip, m, N, sparsity, B):
     torch.manual_seed(0)
     D = F.normalize(torch.randn(2, N, m, device=DEVICE), dim=-1).to(DTYPE)
@@ -69,9 +67,7 @@ def test_fused_omp_errs_as_much_as_the_readable_one(chip, m, N, sparsity, B):
         chance = 4 * difference.std(correction=0) / len(difference) ** 0.5
         assert difference.mean().abs() <= 2e-3 * errors[1].mean() + chance
 
-
-# --------------------------------------------------------------------------------------------------
-# Attention
+# ---- Attention -----------------------------------------------------------------------------------
 
 class StandIn:
     """The kernel of codes.cu in torch: the values' table and the statistics of every chunk."""
@@ -91,63 +87,65 @@ class StandIn:
 
     def __call__(self, grid, block, arguments, shared):
         products, *parts, compressed, capacity, stats, tables = arguments
+        assert shared + 512 * self.RP <= 100_000
         n = compressed.item()
         keys, key_steps = self.decode(*(part[:, :, :n] for part in parts[:2]))
         values, value_steps = self.decode(*(part[:, :, :n] for part in parts[2:]))
         assert grid == (self.CHUNKS, keys.shape[0] * keys.shape[1], 1)
-        products = products.view(*keys.shape[:2], self.G, self.N).float()
-        scores = (keys @ products.mT) * key_steps[..., None]  # (B, H, T, G)
+        products = products.view(*keys.shape[:2], self.N, self.RP)[..., :self.R].float()
+        scores = keys @ products * key_steps[..., None]  # (B, H, T, R)
         length = max(-(-n // self.CHUNKS), self.SHORTEST)
         for chunk, start in enumerate(range(0, n, length)):
             part = slice(start, start + length)
-            top = scores[:, :, part].amax(2, keepdim=True)  # (B, H, 1, G)
-            weights = torch.exp2(scores[:, :, part] - top)  # (B, H, T, G)
+            top = scores[:, :, part].amax(2, keepdim=True)  # (B, H, 1, R)
+            weights = torch.exp2(scores[:, :, part] - top)  # (B, H, T, R)
             scaled = weights * value_steps[:, :, part, None]
-            table = scaled.mT @ values[:, :, part] / scaled.sum(2)[..., None]  # (B, H, G, N)
-            tables[:, chunk] = (table * (2**15 / self.LARGEST)).flatten(0, 2)
-            numbers = torch.stack((top[:, :, 0], weights.sum(2), scaled.sum(2)), -1)
-            stats.view(-1, self.CHUNKS, 4)[:, chunk, :3] = numbers.flatten(0, 2)
+            table = scaled.mT @ values[:, :, part] / weights.sum(2)[..., None]  # (B, H, R, N)
+            tables[:, chunk] = table.flatten(0, 2)
+            numbers = torch.stack((top[:, :, 0], weights.sum(2)), -1)
+            stats.view(-1, self.CHUNKS, 2)[:, chunk] = numbers.flatten(0, 2)
 
-
-def problem(m, N, s_k, s_v, G, batch, coded, coding):
-    """Arguments of attend_codes: two KV heads, 20 dense tokens, more room for codes than needed."""
+def problem(m, N, s_k, s_v, G, batch, coded, coding, heads=1):
+    """Arguments of attend_codes: two codes a token, of as many KV heads each, 20 dense tokens, more
+    room for codes than needed."""
     torch.manual_seed(0)
-    codes = []
+    codes, M, H = [], heads * m, 2 * heads
     for s in (s_k, s_v):
-        D = F.normalize(torch.randn(N, m, device=DEVICE), dim=-1).to(DTYPE)
+        D = F.normalize(torch.randn(N, M, device=DEVICE), dim=-1).to(DTYPE)
         codes.append(CODINGS[coding](D, torch.tensor(1 / 64, device=DEVICE), s, batch, 2))
         codes[-1].reserve(coded + 5)
         if coded:
-            Y = 64 * torch.randn(1, batch * 2 * coded, m, device=DEVICE)
+            Y = 64 * torch.randn(1, batch * 2 * coded, M, device=DEVICE)
             parts = codes[-1].encode(D[None], Y, s, omp)
             codes[-1].write(torch.arange(coded, device=DEVICE), parts)
-    q = 3 * torch.randn(batch, 2 * G, 1, m, device=DEVICE).to(DTYPE)
-    keys, values = torch.randn(2, batch, 2, 20, m, device=DEVICE).to(DTYPE)
+    q = 3 * torch.randn(batch, H * G, 1, m, device=DEVICE).to(DTYPE)
+    keys, values = torch.randn(2, batch, H, 20, m, device=DEVICE).to(DTYPE)
     seen = torch.arange(20, device=DEVICE)[None] % 7 > 0
     return q, *codes, torch.tensor(coded, device=DEVICE), keys, values, seen
 
-
-@pytest.mark.parametrize("m, N, s_k, s_v, G, batch, coded, coding", [
-    (64, 192, 3, 5, 3, 2, 300, "word"), (128, 512, 8, 6, 4, 1, 0, "fp8"),
-    (128, 128, 2, 4, 1, 1, 700, "fp8")] + CUDA * [
-    (m, N, s, 33 - s, G, batch, coded, coding)
+@pytest.mark.parametrize("m, N, s_k, s_v, G, batch, coded, coding, heads", [
+    (64, 192, 3, 5, 3, 2, 300, "word", 1), (128, 512, 8, 6, 4, 1, 0, "fp8", 1),
+    (128, 128, 2, 4, 1, 1, 700, "fp8", 1), (64, 192, 5, 3, 3, 2, 1500, "word", 2),
+    (64, 128, 3, 3, 3, 3, 800, "fp8", 3)] + CUDA * [
+    (m, N, s, 33 - s, G, batch, coded, coding, heads)
     for m, N, batch in ((64, 512, 32), (128, 1024, 3), (128, 4096, 1))
-    for s, G in ((1, 1), (8, 4), (32, 8))
-    for coded in (1, 255, 257, 1025, 9000 // batch) for coding in CODINGS])
-def test_attention_equals_the_readable_one(chip, m, N, s_k, s_v, G, batch, coded, coding):
-    arguments = problem(m, N, s_k, s_v, G, batch, coded, coding)
+    for s, G, heads in ((1, 1, 1), (8, 4, 1), (32, 8, 1), (12, 4, 2), (25, 1, 2), (11, 2, 3))
+    for coded in (1, 255, 257, 1025, 9000 // batch) for coding in CODINGS] + CUDA * [
+    (64, 2048, 70, 33, 3, 3, 5000, "word", 3), (64, 1024, 12, 16, 3, 1, 40_000, "fp8", 3),
+    (128, 4096, 12, 100, 4, 1, 30_000, "word", 2)])
+def test_attention_equals_the_readable_one(chip, m, N, s_k, s_v, G, batch, coded, coding, heads):
+    arguments = problem(m, N, s_k, s_v, G, batch, coded, coding, heads)
     fused = kernels.attend_fused if CUDA else kernels.attention.launch
     out, readable = fused(*arguments), attend_codes(*arguments)
     worst = ((out - readable).float().norm(dim=-1) / readable.float().norm(dim=-1)).max()
     assert out.shape == readable.shape and out.dtype == readable.dtype and worst < 1e-2
     assert torch.equal(out, fused(*arguments))  # the same bits every time
 
-
 @pytest.mark.skipif(CUDA, reason="on a GPU the tests above compile codes.cu")
 @pytest.mark.skipif(not shutil.which("nvcc"), reason="there is no nvcc: codes.cu was not compiled")
-@pytest.mark.parametrize("s, G", [(1, 1), (8, 4), (32, 8)])
+@pytest.mark.parametrize("s, G, heads", [(1, 1, 1), (8, 4, 1), (33, 8, 1), (12, 3, 3)])
 @pytest.mark.parametrize("coding", CODINGS)
-def test_codes_cu_compiles(chip, monkeypatch, tmp_path, s, G, coding):
+def test_codes_cu_compiles(chip, monkeypatch, tmp_path, s, G, heads, coding):
     commands = []
 
     def compiled(shared, **constants):
@@ -159,9 +157,8 @@ def test_codes_cu_compiles(chip, monkeypatch, tmp_path, s, G, coding):
         return lambda *arguments: None
 
     monkeypatch.setattr(kernels.attention, "compile_codes_cu", compiled)
-    kernels.attention.launch(*problem(64, 64, s, s, G, 1, 0, coding))
+    kernels.attention.launch(*problem(64, 64, s, s, G, 1, 0, coding, heads))
     assert len(commands) == 2
-
 
 @pytest.mark.skipif(CUDA, reason="on a GPU the tests above compile the Triton kernels")
 def test_triton_kernels_compile():
@@ -175,9 +172,9 @@ from kernels.omp import omp_kernel
 for kernel, types, constants in (
     (omp_kernel, "*fp32 *bf16 *bf16 *fp32 *i64 *i64 *i64 *i64 i32 i32",
      (20000, 1024, 64, 8, 8, 32, 16, 15, 2, 7.0)),
-    (products_and_dense, "*bf16 *bf16 *fp32 *bf16 *bf16 *i1 *fp16 *fp32 i32 i32 i32 i32",
-     (4, 64, 32, 64)),
-    (combine, "*fp16 *fp32 *fp32 *fp32 *i64 *bf16 *bf16 fp32 i32", (16, 256, 16, 64, 1024))):
+    (products_and_dense, "*bf16 *bf16 *fp32 *bf16 *bf16 *i1 *fp16 *fp32 i32 i32 i32",
+     (3, 2, 8, 64, 32, 64)),
+    (combine, "*fp16 *fp32 *fp32 *fp32 *i64 *bf16 *bf16 i32", (16, 256, 16, 3, 2, 64, 1024))):
     types, names = types.split(), kernel.arg_names
     signature = dict(zip(names, types + ["constexpr"] * len(constants)))
     source = ASTSource(kernel, signature, dict(zip(names[len(types):], constants)))
@@ -188,16 +185,13 @@ for kernel, types, constants in (
                          capture_output=True)
     assert run.returncode == 0 and len(run.stdout.split()) == 3, run.stderr
 
-
-# --------------------------------------------------------------------------------------------------
-# Where no kernel serves
+# ---- Where no kernel serves ----------------------------------------------------------------------
 
 @pytest.mark.skipif(CUDA, reason="here the kernels serve")
 def test_without_a_gpu_the_entry_points_leave_the_work_to_torch():
     arguments = problem(64, 64, 2, 2, 1, 1, 3, "fp8")
     assert kernels.attend_fused(*arguments) is None
     assert kernels.omp_fused(torch.randn(1, 64, 64), torch.randn(1, 3, 64), 2) is None
-
 
 def test_one_line_says_why_no_kernel_serves(monkeypatch, capsys):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
@@ -207,15 +201,12 @@ def test_one_line_says_why_no_kernel_serves(monkeypatch, capsys):
     monkeypatch.setenv("LEXICO_KERNELS", "0")
     assert not kernels.kernels_serve(torch.device("cuda", 99)) and not capsys.readouterr().err
 
-
 def test_nothing_needs_triton_but_the_kernels():
     script = ("import sys; sys.modules['triton'] = None; import torch; from omp import omp; "
               "omp(torch.eye(64), torch.randn(3, 64), 2)")
     subprocess.run([sys.executable, "-c", script], cwd=ROOT, check=True)
 
-
-# --------------------------------------------------------------------------------------------------
-# Recorded steps
+# ---- Recorded steps ------------------------------------------------------------------------------
 
 def test_recorded_counts_what_replays_do_not(monkeypatch):
     log = []
@@ -231,7 +222,6 @@ def test_recorded_counts_what_replays_do_not(monkeypatch):
             step()
         assert log == ["run", "run", *end]
 
-
 @pytest.mark.skipif(not CUDA, reason="there is no GPU: no step was recorded as a CUDA graph")
 @pytest.mark.parametrize("sparse", [False, True])
 def test_recorded_steps_give_what_steps_one_by_one_give(sparse):
@@ -245,3 +235,28 @@ def test_recorded_steps_give_what_steps_one_by_one_give(sparse):
         runs.append(torch.stack([step["logits"] for step in steps]))
         assert cache.length == 109 and cache.replayable
     torch.testing.assert_close(*runs)
+
+# ---- Compiled layers -----------------------------------------------------------------------------
+
+@pytest.mark.skipif(not (CUDA or shutil.which("g++")), reason="torch.compile finds no compiler")
+def test_compiled_layers_serve_single_tokens_and_change_no_logits(monkeypatch):
+    model, tokens = Llama.from_pretrained("tiny", DEVICE, torch.float32), torch.arange(3, 15)[None]
+    compile_calls, real_compile = [], torch.compile
+
+    def run():
+        cache = DenseCache(model.config, device=DEVICE)
+        with torch.inference_mode():
+            return torch.cat([model(part, cache) for part in tokens.to(DEVICE).split(
+                [8, 1, 1, 2], dim=1)], dim=1)
+
+    def counting_compile(method, **options):
+        compiled = real_compile(method, **options)
+        return lambda *arguments: compile_calls.append(method.__name__) or compiled(*arguments)
+
+    eager = run()
+    monkeypatch.setattr(torch, "compile", counting_compile)
+    for name in ("before_attention", "after_attention"):  # for the end of the test to restore them
+        monkeypatch.setattr(Layer, name, getattr(Layer, name))
+    compile_layers.__wrapped__()
+    torch.testing.assert_close(run(), eager, rtol=1e-3, atol=1e-3)
+    assert len(compile_calls) == 2 * 2 * model.config.n_layers
