@@ -36,24 +36,18 @@ from tqdm import tqdm
 class NoCache:
     """Causal attention within the tokens that are given, and nothing kept: the simplest cache."""
     position = 0
-
-    def begin(self, T):
-        pass
-
-    end = begin
+    begin = end = lambda self, T: None
 
     def attend(self, layer, q, k, v):
         """q: (B, G H, T, m), k and v: (B, H, T, m). Returns the output, shaped as q."""
         return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
 
 def rope_frequencies(config):
-    """Angular frequencies of the head_dim / 2 rotary pairs, (m / 2,) float32, on the CPU.
-
-    Plain: theta^(-2i/m). Llama 3.1's scaling divides the low ones by `factor` (they turn too slowly
-    to complete a cycle within the context first trained for), keeps the high ones, blends between.
-    """
+    """Angular frequencies theta^(-2i/m) of the head_dim / 2 rotary pairs, (m / 2,) float32, on the
+    CPU. Llama 3.1's scaling divides the low ones by `factor` (they turn too slowly to complete a
+    cycle within the context first trained for), keeps the high ones, and blends between."""
     m = config.head_dim
-    frequency = config.rope_theta ** (-torch.arange(0, m, 2, device="cpu") / m)  # (m / 2,)
+    frequency = config.rope_theta ** (-torch.arange(0, m, 2, device="cpu") / m)
     if config.rope_scaling is None:
         return frequency
     factor, low, high, context = (config.rope_scaling[name] for name in LLAMA3_ROPE)
@@ -69,15 +63,13 @@ def rotate(x, cos, sin):
 class Attention(nn.Module):
     def __init__(self, config):
         super().__init__()
-        self.head_dim = config.head_dim
-        q_dim, kv_dim = config.n_heads * config.head_dim, config.kv_heads * config.head_dim
-        self.q_proj = nn.Linear(config.dim, q_dim, bias=config.qkv_bias)
-        self.k_proj = nn.Linear(config.dim, kv_dim, bias=config.qkv_bias)
-        self.v_proj = nn.Linear(config.dim, kv_dim, bias=config.qkv_bias)
-        self.o_proj = nn.Linear(q_dim, config.dim, bias=config.out_bias)
+        dim, m, self.head_dim = config.dim, config.head_dim, config.head_dim
+        self.q_proj = nn.Linear(dim, config.n_heads * m, bias=config.qkv_bias)
+        self.k_proj = nn.Linear(dim, config.kv_heads * m, bias=config.qkv_bias)
+        self.v_proj = nn.Linear(dim, config.kv_heads * m, bias=config.qkv_bias)
+        self.o_proj = nn.Linear(config.n_heads * m, dim, bias=config.out_bias)
         norm = nn.RMSNorm if config.qk_norm else nn.Identity  # which takes any arguments
-        self.q_norm = norm(config.head_dim, eps=config.norm_eps)
-        self.k_norm = norm(config.head_dim, eps=config.norm_eps)
+        self.q_norm, self.k_norm = norm(m, eps=config.norm_eps), norm(m, eps=config.norm_eps)
 
     def project(self, x, cos, sin):
         """Queries (B, G H, T, m), keys and values (B, H, T, m) of x (B, T, dim)."""
@@ -147,17 +139,15 @@ class Llama(nn.Module):
         for layer in tqdm(self.layers, "prompt", delay=2, disable=T == 1 or not self.verbose):
             x = layer(x, cos, sin, cache)
             if T > 1 and x.is_cuda:
-                torch.cuda.synchronize()
+                torch.cuda.synchronize()  # the bar tells what is done, not what is launched
         cache.end(T)
         return self.lm_head(self.norm(x[:, -1:] if last_only else x))
 
     @classmethod
     def from_pretrained(cls, name_or_path, device=None, dtype=None):
-        """Model of a local folder, a Hub id, or "tiny", the embedded one. Raises InputError.
-
-        The network is built without memory (meta device) and its weights are put in place one at a
-        time. On a CPU they are the file's own pages, mapped and never copied, unless dtype asks for
-        a conversion. Default device: the best there is, dtype: the file's."""
+        """Model of a local folder, a Hub id, or "tiny", the embedded one. Raises InputError. It is
+        built without memory (meta device); on a CPU its weights are the file's own pages, mapped
+        and never copied, unless dtype asks for a conversion. Default dtype: the file's."""
         folder = find_folder(name_or_path)
         with torch.device("meta"):
             model = cls(Config.from_pretrained(folder)).requires_grad_(False)
@@ -174,21 +164,20 @@ def read_weights(folder, device, dtype):
     """name -> tensor of a folder's model.safetensors, or else of the shards that its index names.
     Tensors of several types become one, the widest."""
     files, index, weights = ["model.safetensors"], folder / "model.safetensors.index.json", {}
-    floats = torch.bfloat16, torch.float16, torch.float32, torch.float64
     with door(f"weights of '{folder}' cannot be read", "fetch them again"):
         if not (folder / files[0]).is_file() and index.is_file():
             files = sorted(set(read_json(index)["weight_map"].values()))
         for file in files:  # of this folder alone, whatever path an index gives
-            weights.update((name.removeprefix("model."), tensor) for name, tensor
-                           in load_file(folder / Path(file).name).items()
-                           if not name.endswith("inv_freq"))  # which a Llama computes
+            weights |= load_file(folder / Path(file).name)
+    weights = {name.removeprefix("model."): tensor for name, tensor in weights.items()
+               if not name.endswith("inv_freq")}  # which a Llama computes
+    kinds = {tensor.dtype for tensor in weights.values()}
+    widest = functools.reduce(torch.promote_types, kinds & FLOATS, torch.bfloat16)
     for name, tensor in weights.items():
-        if tensor.dtype not in floats:
+        if tensor.dtype not in FLOATS:
             raise InputError(f"weights of '{folder}': {name} is {str(tensor.dtype)[6:]}; quantised "
                              "weights are not supported, give the model in 16 or 32 bits")
-    widest = functools.reduce(torch.promote_types, {x.dtype for x in weights.values()}, floats[0])
-    weights = {name: tensor.to(device, dtype or widest) for name, tensor in weights.items()}
-    for name, tensor in weights.items():
+        weights[name] = tensor = tensor.to(device, dtype or widest)
         if not tensor.sum(dtype=torch.float32).isfinite():
             raise InputError(f"weights of '{folder}': {name} holds NaN or infinity; fetch it again")
     return weights
@@ -203,6 +192,7 @@ HF_NAMES = {  # our names and those of a config.json
     "out_bias": "attention_bias"}
 LLAMA3_ROPE = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
 RANGES = {int: (1, 2**20), float: (1e-30, 1e15), bool: (False, True)}  # what makes sense
+FLOATS = {torch.bfloat16, torch.float16, torch.float32, torch.float64}
 DEFAULTS = {  # model_type -> what a config.json may leave out, as transformers fills it in
     "llama": {"max_position_embeddings": 2048},
     "mistral": {"max_position_embeddings": 2**17, "num_key_value_heads": 8, "sliding_window": 4096},
@@ -262,8 +252,9 @@ class Config:
         for name in [name for name, fine in computed.items() if not fine]:
             raise InputError(f"config.json: {name} = {hf.get(name)!r} is not supported; use a "
                              "Llama, Mistral or Qwen with full attention and plain or llama3 RoPE")
-        return cls(**plain, rope_scaling=scaling or None, eos_ids=tuple(eos),
-                   qkv_bias=plain.get("out_bias", False) or kind == "qwen2", qk_norm=kind == "qwen3")
+        bias = plain.get("out_bias", False) or kind == "qwen2"
+        return cls(**plain, rope_scaling=scaling or None, eos_ids=tuple(eos), qkv_bias=bias,
+                   qk_norm=kind == "qwen3")
 
     @classmethod
     def from_pretrained(cls, name_or_path):
@@ -279,9 +270,10 @@ class Config:
 def checked(values, name, kind):
     """values[name], if it is of its kind and makes sense (what is no number never does)."""
     value, (least, most) = values.get(name), RANGES[kind]
-    if type(value) is not kind and (kind, type(value)) != (float, int) or not least <= value <= most:
-        raise InputError(f"config.json: {name} = {value!r}, where {kind.__name__} {least} .. {most} "
-                         "belongs; fetch it again")
+    typed = type(value) is kind or kind is float and type(value) is int
+    if not typed or not least <= value <= most:
+        raise InputError(f"config.json: {name} = {value!r} is no {kind.__name__} within {least} .. "
+                         f"{most}; fetch it again")
     return kind(value)
 
 # ---- Tokenizer -----------------------------------------------------------------------------------
@@ -309,7 +301,8 @@ class Tokenizer:
         """Ids of a text, as tokenizer.json says. bos: with what begins (or ends) every text.
         special: whether names of special tokens in the text mean these tokens."""
         self.backend.encode_special_tokens = not special
-        return self.backend.encode(text, add_special_tokens=bos).ids
+        with door("the tokenizer does not take this text", "fetch it again, or change the text"):
+            return self.backend.encode(text, add_special_tokens=bos).ids
 
     def decode(self, ids):
         """Text of ids, without special tokens."""
@@ -353,9 +346,8 @@ class Tokenizer:
         with door(f"{other} is not in tiktoken's format", "add a tokenizer.json"):
             pairs = map(bytes.split, other.read_bytes().splitlines())
             ranks = {base64.b64decode(token, validate=True): int(rank) for token, rank in pairs}
-            return Llama3Tokenizer(tiktoken.Encoding(
-                "llama3", pat_str=LLAMA3_SPLIT, mergeable_ranks=ranks,
-                special_tokens=LLAMA3_SPECIAL))
+            return Llama3Tokenizer(tiktoken.Encoding("llama3", pat_str=LLAMA3_SPLIT,
+                                   mergeable_ranks=ranks, special_tokens=LLAMA3_SPECIAL))
 
 class Llama3Tokenizer(Tokenizer):
     """The same for a tokenizer.model, by tiktoken."""
@@ -386,9 +378,10 @@ def find_folder(name_or_path, patterns=MODEL_FILES):
     if path.is_dir():
         return path
     if path.exists() or len(path.parts) != 2 or path.is_absolute():
-        raise InputError(f"model '{name_or_path}' {'is a file' if path.exists() else 'does not exist'}"
-                         "; give a folder in Hugging Face layout (config.json, model.safetensors, "
-                         "tokenizer.json) or a Hub id (owner/name), and for GGUF its original")
+        reason = "is a file" if path.exists() else "does not exist"
+        raise InputError(f"model '{name_or_path}' {reason}; give a folder in Hugging Face layout "
+                         "(config.json, model.safetensors, tokenizer.json) or a Hub id "
+                         "(owner/name); for a GGUF file, the model that it was made from")
     import huggingface_hub as hub  # here, for it takes a while
     with door(f"'{name_or_path}' is no folder here, and the Hub does not give it",
               "check the name, the network and your login"):
@@ -397,9 +390,8 @@ def find_folder(name_or_path, patterns=MODEL_FILES):
 def missing(folder, name):
     """The error that a folder lacks a file, and what to do."""
     held = ", ".join(sorted(path.name for path in folder.iterdir())[:6]) or "nothing"
-    return InputError(f"model '{folder}' has no {name} (it holds {held}); give a folder in Hugging "
-                      "Face layout: transformers' from_pretrained and save_pretrained make one of "
-                      "GGUF, pickled weights, or vocab.json and merges.txt")
+    return InputError(f"model '{folder}' has no {name} (it holds {held}); transformers' "
+                      "from_pretrained and save_pretrained make it of most other formats")
 
 def read_json(path, required=True):
     """What a JSON file holds, a dict; {} if it may be absent and is."""
