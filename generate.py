@@ -6,13 +6,12 @@ A line for each token: the time of its forward pass, the time of coding, and the
 beside those of a dense one. --compare runs both caches, --chat holds a conversation over one."""
 
 import functools
-import importlib.util
 import json
 import os
 import re
+import runpy
 import sys
 import time
-from contextlib import nullcontext
 from math import inf
 from pathlib import Path
 from statistics import fmean
@@ -52,8 +51,8 @@ def clock(device):
     return time.perf_counter()
 
 def peak_memory(device):
-    """Bytes in use at most since the last call: on a GPU of tensors, else (on Linux, where it can be
-    asked; 0 elsewhere) of the process."""
+    """Bytes in use at most since the last call: on a GPU of tensors, else of the process, where
+    Linux tells (0 elsewhere)."""
     if device.type == "cuda":
         peak = torch.cuda.max_memory_allocated(device)
         torch.cuda.reset_peak_memory_stats(device)
@@ -69,13 +68,10 @@ def peak_memory(device):
 def generate(model, cache, prompt, count, choose, record=False, ends=()):
     """Run the prompt (B, T) in one piece, then decode: `count` new tokens in all, or up to one of
     `ends` in the first sequence. choose(logits) gives the next tokens. record: whether steps become
-    CUDA graphs: then the cache must have room for all tokens. Yields for each new token, the prompt
-    being the first one's forward pass, a dict of
-
-        tokens (B,), logits (B, vocab), forward and coding in seconds, bytes (the cache's nbytes),
-        memory (see peak_memory)"""
-    device, sparse = prompt.device, isinstance(cache, SparseCache)
-    token = prompt[:, -1:].clone()  # (B, 1): a step's input
+    CUDA graphs: then the cache must have room for all tokens. Yields a dict for each new token (the
+    first one's forward pass is the prompt's): tokens (B,), logits (B, vocab), forward and coding in
+    seconds, bytes (the cache's nbytes) and memory (see peak_memory)."""
+    device, token = prompt.device, prompt[:, -1:].clone()  # (B, 1): a step's input
     may_record = lambda: record and cache.replayable
     step = Recorded(lambda: model(token, cache, last_only=True)[:, -1],
                     lambda: cache.advance(1, replayed=True), may_record)
@@ -90,7 +86,7 @@ def generate(model, cache, prompt, count, choose, record=False, ends=()):
                              "try --dtype float32, or other weights")
         token.copy_(choose(logits)[:, None])
         middle = clock(device)
-        if sparse and cache.full:
+        if isinstance(cache, SparseCache) and cache.full:
             code()
         yield {"tokens": token[:, 0].clone(), "logits": logits.clone(), "forward": middle - start,
                "coding": clock(device) - middle, "bytes": cache.nbytes(),
@@ -105,31 +101,38 @@ def size(nbytes):
     power = min(3, (len(str(int(nbytes))) - 1) // 3)
     return f"{nbytes / 1000**power:.{min(power, 1)}f} {('B', 'kB', 'MB', 'GB')[power]}"
 
+def line(number, piece, step):
+    """A step, as one reads it. (A dense cache is all of one, though it may hold 32 bits.)"""
+    forward, coding, cache = 1e3 * step["forward"], 1e3 * step["coding"], step["bytes"]
+    whole = cache["total"] / cache["dense"] if "vector" in cache else 1
+    return (f"{number:5d}  {piece!r:16.16}  {forward:9.2f}  {coding:9.2f}  "
+            f"{cache.get('vector', 1):8.1%}  {size(cache['total']):>9}  {whole:8.1%}\n")
+
 def summary(steps, ended, prompt):
     """What a run took: a dict of plain numbers, in seconds and bytes."""
-    # A step, once all is warm: in the second half.
-    latency = [step["forward"] + step["coding"] for step in steps[1:][len(steps) // 2:]] or [0.0]
+    times = [step["forward"] + step["coding"] for step in steps]
+    latency = times[1:][len(steps) // 2:] or [0.0]  # once all is warm: in the second half
     median, p95 = torch.tensor(latency).quantile(torch.tensor([0.5, 0.95])).tolist()
     return {"prompt_tokens": prompt.shape[1], "new_tokens": len(steps), "ended": ended,
-            "prefill": steps[0]["forward"] + steps[0]["coding"],
-            "mean": fmean(latency), "median": median, "p95": p95,
+            "prefill": times[0], "mean": fmean(latency), "median": median, "p95": p95,
             "tokens_per_second": len(prompt) / (fmean(latency) or inf),
             "cache": steps[-1]["bytes"], "prefill_memory": steps[0]["memory"],
             "peak_memory": max(step["memory"] for step in steps[1:] or steps)}
 
 def describe(name, s):
     """A summary, as one reads it."""
-    cache = {part: size(n) if n > 1 else f"{n:.1%}" for part, n in s["cache"].items()}
-    share = f"{s['cache']['total'] / s['cache']['dense']:.1%}"
-    parts, constant = ((f", codes {cache['codes']}, buffer {cache['buffer']}: {share} of a dense "
-                        f"16-bit cache ({cache['dense']}), a coded vector {cache['vector']} of one",
-                        f", {cache['dictionaries']} of it dictionaries, for any context and batch")
-                       if "codes" in cache else ("", ""))
+    cache, parts, of_it = s["cache"], "", ""
+    sizes = {part: size(n) for part, n in cache.items()}
+    if "vector" in cache:
+        parts = (f", codes {sizes['codes']}, buffer {sizes['buffer']}: "
+                 f"{cache['total'] / cache['dense']:.1%} of a dense 16-bit cache "
+                 f"({sizes['dense']}), a coded vector {cache['vector']:.1%} of one")
+        of_it = f", {sizes['dictionaries']} of it dictionaries, for any context and batch"
     return (f"{name}: {s['prompt_tokens']} + {s['new_tokens']} tokens, {s['ended']}\n"
             f"  time      prefill {1e3 * s['prefill']:.1f} ms, then {1e3 * s['mean']:.2f} ms a "
             f"token (median {1e3 * s['median']:.2f}, 95 % within {1e3 * s['p95']:.2f}), "
             f"{s['tokens_per_second']:.1f} tokens/s\n"
-            f"  cache     {cache['total']}{parts}\n  allocated {cache['allocated']}{constant}\n"
+            f"  cache     {sizes['total']}{parts}\n  allocated {sizes['allocated']}{of_it}\n"
             f"  memory    at most {size(s['prefill_memory'])} in use for the prompt, then "
             f"{size(s['peak_memory'])}")
 
@@ -156,7 +159,8 @@ class Chat:
                   "--chat needs pip install transformers jinja2, and a model's whole folder"):
             import jinja2, transformers  # noqa: E401, F401
             transformers.logging.set_verbosity_error()
-            self.hf = transformers.PreTrainedTokenizerFast.from_pretrained(find_folder(name_or_path))
+            reader = transformers.PreTrainedTokenizerFast
+            self.hf = reader.from_pretrained(find_folder(name_or_path))
         if not self.hf.chat_template:
             raise InputError(f"model '{name_or_path}' has no chat template; use its instruct "
                              "version, or --prompt")
@@ -176,8 +180,8 @@ class Chat:
                   "fix it, or do without a system prompt"):
             text = self.hf.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
         if text.count(ANSWER) != sum(message["content"] == ANSWER for message in messages):
-            raise InputError(f"the chat template of '{self.name}' hides or rewrites earlier answers, "
-                             "which are in the cache as they were; ask each question in a new chat")
+            raise InputError(f"the chat template of '{self.name}' hides or rewrites answers, which "
+                             "stay in the cache as they were; ask each question in a new chat")
         return self.tokenizer.encode(text.rpartition(ANSWER)[2], bos=False, special=True)
 
 def read_turn(prompt):
@@ -228,18 +232,16 @@ def read_pursuit(text):
     """The function that "my_file.py:my_function" names."""
     path, _, name = text.rpartition(":")
     with door(f"--pursuit {text} cannot be loaded", "give FILE.py:FUNCTION"):
-        spec = importlib.util.spec_from_file_location("pursuit", path)
-        module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
-        return getattr(module, name)
+        return runpy.run_path(path)[name]
 
 def read_prompt(args):
     """The prompt's text, from --prompt, --prompt-file or standard input ("-")."""
-    text, source = args.prompt, args.prompt_file or ("-" if args.prompt == "-" else None)
-    if source:
-        with door(f"the prompt from {source} cannot be read", "name a file of UTF-8 text"):
+    text, source = args.prompt, args.prompt_file or "-" * (args.prompt == "-")
+    with door(f"the prompt from {source or '--prompt'} cannot be read", "give UTF-8 text"):
+        if source:
             text = (sys.stdin.buffer.read() if source == "-" else
                     Path(source).expanduser().read_bytes()).decode()
+        text.encode()  # fails for what a terminal gave that is no text
     if not text.strip():
         raise InputError("the prompt is empty; give some text with --prompt or --prompt-file")
     return plain_text(text)
@@ -269,8 +271,8 @@ def parse_arguments():
     add("--top-p", type=number(float, 1e-6, 1), default=1.0)
     add("--seed", type=number(int, 0, 2**63), default=0)
     add("--device", help="default: the best there is")
-    add("--dtype", choices=("float32", "bfloat16", "float16"),
-        help="default: float32 on a CPU, else that of the weights")
+    add("--dtype", choices=["float32", "bfloat16", "float16"], help="default: as stored, on a "
+        "CPU float32")
     add("--dense", action="store_true", help="the usual cache instead")
     add("--compare", action="store_true", help="both caches, side by side")
     add("--quiet", action="store_true", help="print the text and nothing else")
@@ -290,34 +292,35 @@ def parse_arguments():
 
 def load(args):
     """Model, tokenizer, dictionaries (None with --dense), and a line about the cache."""
-    dtype = getattr(torch, args.dtype or "float32")
-    dtype = dtype if args.dtype or args.device.type == "cpu" else None
-    model = Llama.from_pretrained(args.model, args.device if args.ranks == 1 else "cpu", dtype)
-    dictionaries, line = None, "the usual cache: keys and values as they are"
+    dtype = args.dtype or ("float32" if args.device.type == "cpu" else None)
+    model = Llama.from_pretrained(args.model, args.device if args.ranks == 1 else "cpu",
+                                  dtype and getattr(torch, dtype))
+    dictionaries, about = None, "the usual cache: keys and values as they are"
     if not args.dense:
         path, asked = args.dictionary or Dictionaries.find(args.model), args.sparsity
-        kept = torch.bfloat16 if args.device.type == "cuda" else torch.float32  # as kernels multiply
+        kept = torch.bfloat16 if args.device.type == "cuda" else torch.float32  # what kernels take
         dictionaries = Dictionaries.load(path, args.device, kept).check(model.config)
         if isinstance(asked, float):
             args.sparsity, asked = dictionaries.allocate(asked, args.coding), f"auto:{asked:.0%}"
-        line = (f"dictionary {path}: N = {dictionaries.atoms.shape[2]}, coding {args.coding}, "
-                f"sparsity {asked}; the newest {args.buffer} to {args.buffer + args.window} tokens "
-                f"stay dense, {args.window} at a time become codes")
+        about = (f"dictionary {path}: N = {dictionaries.atoms.shape[2]}, coding {args.coding}, "
+                 f"sparsity {asked}; the newest {args.buffer} to {args.buffer + args.window} "
+                 f"tokens stay dense, {args.window} at a time become codes")
     model = parallelize(model, args.rank, args.ranks).to(args.device)
-    return model, Tokenizer.from_pretrained(args.model), dictionaries, line
+    return model, Tokenizer.from_pretrained(args.model), dictionaries, about
 
 def main():
     args = parse_arguments()
-    with output_file(args.json) if args.json and args.rank == 0 else nullcontext() as write:
-        model, tokenizer, dictionaries, line = load(args)
-        config, say = model.config, (lambda text: None) if args.quiet else print
+    with output_file(args.json if args.json and args.rank == 0 else os.devnull) as write:
+        model, tokenizer, dictionaries, about = load(args)
+        config, dtype = model.config, model.norm.weight.dtype
+        say = (lambda text: None) if args.quiet else print
         model.verbose = not args.quiet
         if args.compile:
             compile_layers()
 
         def new_cache(dense, capacity=0):
             if dense:
-                return DenseCache(config, args.batch, capacity, args.device, model.norm.weight.dtype)
+                return DenseCache(config, args.batch, capacity, args.device, dtype)
             return SparseCache(config, dictionaries, args.sparsity, args.buffer, args.window,
                                args.sinks, args.batch, capacity, args.coding, args.pursuit,
                                torch.bfloat16)
@@ -326,54 +329,46 @@ def main():
             return chat(args, model, tokenizer, new_cache(args.dense))
         ids = tokenizer.encode(from_rank_0(lambda: read_prompt(args)))
         tokenizer.check(ids, config)
-        if len(ids) > config.context:
+        room = config.context - len(ids) + 1  # the last new token does not pass the model
+        if room < 1:
             raise InputError(f"the prompt has {len(ids)} tokens, more than the model's context of "
                              f"{config.context}; shorten it")
         prompt = torch.tensor([ids], device=args.device).repeat(args.batch, 1)  # (B, T)
-        count, ends = min(args.max_new_tokens, config.context - len(ids) + 1), set(config.eos_ids)
-        record = args.device.type == "cuda" and args.ranks == 1
+        count, record = min(args.max_new_tokens, room), prompt.is_cuda and args.ranks == 1
 
-        def start(dense, choose):
-            """The steps of a new run, one by one."""
-            return generate(model, new_cache(dense, len(ids) + count), prompt, count, choose, record,
-                            ends)
+        def start(dense, choose):  # the steps of a new run, one by one
+            cache = new_cache(dense, len(ids) + count)
+            return generate(model, cache, prompt, count, choose, record, config.eos_ids)
 
-        def run(dense, show=lambda step: None):
-            """Generate with one cache: the list of steps, and their summary."""
-            steps, ended = [], "context full" if count < args.max_new_tokens else "as asked for"
+        def run(dense, shown):  # all steps of a run, and their summary
+            if args.compare:  # so that what is measured awaits no compiler
+                next(start(dense, sampler(args)))
+            steps, stream, ended = [], tokenizer.stream(), "interrupted"
             try:
-                if args.compare:  # so that what is measured awaits no compiler
-                    next(start(dense, sampler(args)))
                 for step in start(dense, sampler(args)):
                     step["logits"] = step["logits"].cpu()  # off the memory that is measured
                     steps.append(step)
-                    show(step)
-                if step["tokens"][0].item() in ends:
-                    ended = "end of text"
+                    if shown:
+                        piece = stream(step["tokens"][0].item())
+                        piece = piece if args.quiet else line(len(steps), piece, step)
+                        print(piece, end="", flush=True)
+                ended = ("end of text" if step["tokens"][0].item() in config.eos_ids else
+                         "context full" if count < args.max_new_tokens else "as asked for")
             except KeyboardInterrupt:
                 if not steps:  # nothing to sum up yet
                     raise
-                ended = "interrupted"
+            if shown:
+                print(stream(None))
             return steps, summary(steps, ended, prompt)
 
-        tokens, stream = [], tokenizer.stream()
-
-        def show(step):
-            tokens.append(step["tokens"][0].item())
-            piece, cache = stream(tokens[-1]), step["bytes"]
-            whole = 1 if args.dense else cache["total"] / cache["dense"]
-            print(piece if args.quiet else
-                  f"{len(tokens):5d}  {piece!r:16.16}  {step['forward'] * 1e3:9.2f}  "
-                  f"{step['coding'] * 1e3:9.2f}  {cache.get('vector', 1):8.1%}  "
-                  f"{size(cache['total']):>9}  {whole:8.1%}\n", end="", flush=True)
-
-        say(f"{line}\n step  token             forward ms  coding ms  a vector      cache  of dense")
-        name, (steps, first) = "dense" if args.dense else "sparse", run(args.dense, show)
-        figures = {"text": tokenizer.decode(tokens), name: first}
-        print(stream(None))
-        say(f"{tokenizer.decode(ids)}{figures['text']}\n\n{describe(name, first)}")
-        if args.compare and first["ended"] != "interrupted":
-            dense, figures["dense"] = run(True)
+        say(f"{about}\n"
+            " step  token             forward ms  coding ms  a vector      cache  of dense")
+        name, (steps, taken) = "dense" if args.dense else "sparse", run(args.dense, shown=True)
+        tokens = [step["tokens"][0].item() for step in steps]
+        figures = {"text": tokenizer.decode(tokens), name: taken}
+        say(f"{tokenizer.decode(ids)}{figures['text']}\n\n{describe(name, taken)}")
+        if args.compare and taken["ended"] != "interrupted":
+            dense, figures["dense"] = run(True, shown=False)
             given = iter(dense)
             forced = start(False, lambda logits: next(given)["tokens"])
             figures["agreement"] = same = agreement(steps, dense, forced)
@@ -381,13 +376,11 @@ def main():
                 f"{same['shared_tokens']} tokens are shared. Along the dense text, mean "
                 f"KL(dense || sparse) is {same['kl']:.4f} and the likeliest token the same "
                 f"{same['top1']:.1%} of the time")
-        if write:
-            figures["steps"] = [
-                {"token": token, "forward": step["forward"], "coding": step["coding"],
-                 **step["bytes"]} for token, step in zip(tokens, steps)]
-            with door(f"--json {args.json} cannot be written", "name a file where there is room"):
-                write((json.dumps(figures, indent=1) + "\n").encode())
-        return 130 if first["ended"] == "interrupted" else 0
+        figures["steps"] = [
+            {"token": token, "forward": step["forward"], "coding": step["coding"], **step["bytes"]}
+            for token, step in zip(tokens, steps)]
+        write((json.dumps(figures, indent=1) + "\n").encode())
+        return 130 if taken["ended"] == "interrupted" else 0
 
 if __name__ == "__main__":
     run_program(main)

@@ -11,25 +11,22 @@ Attention needs neither K nor V back. With q one query, and t running over the c
     score_t = <q, k_t>   becomes  sum_j z_tj (q D_k^T)_(n_tj)    N products once, s look-ups a token
     out = sum_t p_t v_t  becomes  w D_v,   w_n = sum of p_t z_tj over all (t, j) with n_tj = n
 
-so both work on tables of N numbers. The newest tokens stay dense in a buffer, and a softmax runs
-over both parts together. A prompt attends exactly, and is coded layer by layer as it passes. Ours,
-beside the published method: words of levels, a sparsity for each dictionary, dense first tokens."""
+so both work on tables of N numbers. The newest tokens stay dense in a buffer, and one softmax runs
+over both parts. A prompt attends exactly, and is coded layer by layer as it passes. Ours, beside
+what was published: words of levels, sparsities by dictionary, dense first tokens, joined heads."""
 
-import functools
 import json
-import os
 from pathlib import Path
 
 import numpy as np
+import safetensors.torch
 import torch
 import torch.nn.functional as F
-from safetensors import safe_open
-from safetensors.torch import save
 from torch.nn.attention.bias import causal_lower_right
 
 from kernels import attend_fused
-from model import InputError, Llama, Tokenizer, best_device, door, find_folder
-from omp import omp, omp_beam, omp_levels
+from model import InputError, best_device, door, find_folder
+from omp import in_one_table, omp, omp_beam, omp_levels, one_by_one
 
 KEYS, VALUES = 0, 1  # the first dimension of everything that exists for both
 FORMAT = "lexico-dictionaries-1"
@@ -40,7 +37,7 @@ PIECE, QUERIES = 2**21, 16  # numbers that attention over codes holds at a time,
 class Dictionaries:
     """The 2 L dictionaries of a model, with what is known of their making.
 
-    atoms: (2, L, N, M), unit norm. M = heads x head_dim: so many KV heads of a layer make one vector
+    atoms: (2, L, N, M), unit norm. M = heads x head_dim: a vector spans so many KV heads of a layer
     (1 in the paper). scale: (2, L), what a stored coefficient of 1 stands for, so that 8 bits serve
     large keys and small values alike. shape: of the model (see shape_of)."""
 
@@ -50,14 +47,13 @@ class Dictionaries:
 
     def check(self, config):
         """Raise InputError unless these were learned for a model of this shape."""
-        for name, wanted in shape_of(config).items():
-            if self.shape.get(name) != wanted:
-                raise InputError(f"the dictionary was learned for {self.metadata.get('model')}, where "
-                                 f"{name} = {self.shape.get(name)}, not {wanted}; learn one for this "
-                                 "model with train_dict.py")
+        wrong = [f"{name} = {self.shape.get(name)}, not {value}"
+                 for name, value in shape_of(config).items() if value != self.shape.get(name)]
         if config.kv_heads % self.heads:
-            raise InputError(f"the dictionary codes {self.heads} heads as one vector, which does not "
-                             f"divide the {config.kv_heads} KV heads here; learn another one")
+            wrong.append(f"{self.heads} heads a vector, no divisor of {config.kv_heads} KV heads")
+        if wrong:
+            raise InputError(f"the dictionary was learned for another model ({', '.join(wrong)}); "
+                             "learn one for this model with train_dict.py")
         return self
 
     def allocate(self, share, coding):
@@ -65,25 +61,23 @@ class Dictionaries:
         average and the model's output suffers least. Ours: it halves the divergence, and more.
 
         train_dict.py measured the divergence that each dictionary alone causes at a few sparsities.
-        Between them it falls about exponentially, and the divergences of several dictionaries about
-        add up: so spend bytes, step by step, where they help most. Few sparsities are on offer, for
-        dictionaries of equal sparsity are coded at once."""
+        Between them it falls about exponentially, and those of several about add up: so spend bytes
+        step by step, where they help most. Equal sparsities are coded at once: hence few offers."""
         if "divergence" not in self.metadata:
             raise InputError("this dictionary holds no divergences to allocate sparsity by; give "
                              "--sparsity a number, or learn it anew with train_dict.py")
         M, tried = self.atoms.shape[3], np.array(self.metadata["divergence"]["sparsity"])
         kl = np.log(np.maximum(self.metadata["divergence"]["kl"], 1e-9)).reshape(-1, len(tried))
-        offers = np.array(sorted({-(-M * i // 64) for i in (2, 3, 4, 6, 8, 11, 15, 20, 26)}))
+        offers = np.unique(-(-M * np.array((2, 3, 4, 6, 8, 11, 15, 20, 26)) // 64))
         after = np.searchsorted(tried, offers).clip(1, len(tried) - 1)  # a measured one, and before
         slope = (kl[:, after] - kl[:, after - 1]) / (tried[after] - tried[after - 1])
         harm = np.exp(kl[:, after - 1] + slope * (offers - tried[after - 1]))  # (2 L, offers)
-        size = np.array([CODINGS[coding].nbytes_each(s) for s in offers])
-        if not size[0] <= 2 * M * share <= size[-1]:
-            raise InputError(f"--sparsity auto:{100 * share:g}% is outside {size[0] / (2 * M):.1%} "
-                             f".. {size[-1] / (2 * M):.1%}, what coding {coding} offers")
-        left = (2 * M * share - size[0]) * len(harm)  # bytes
-        cost, taken = np.diff(size), np.zeros(len(harm), int)
-        gain = np.minimum.accumulate(-np.diff(harm) / cost, axis=1)  # for a byte; it never rises
+        size = np.array([CODINGS[coding].nbytes_each(s) for s in offers]) / (2 * M)  # as shares
+        if not size[0] <= share <= size[-1]:
+            raise InputError(f"--sparsity auto:{100 * share:g}% is outside {size[0]:.1%} .. "
+                             f"{size[-1]:.1%}, what coding {coding} offers; choose within it")
+        left, cost, taken = (share - size[0]) * len(harm), np.diff(size), np.zeros(len(harm), int)
+        gain = np.minimum.accumulate(-np.diff(harm) / cost, axis=1)  # for its cost; it never rises
         for best in np.argsort(-gain, axis=None, kind="stable"):
             dictionary, step = divmod(best, len(cost))
             if taken[dictionary] == step and cost[step] <= left:
@@ -94,13 +88,14 @@ class Dictionaries:
     def serialise(self):
         """The bytes of a safetensors file, atoms in bfloat16."""
         keys, values = self.atoms.to(torch.bfloat16).contiguous()
-        return save({"keys": keys, "values": values, "scale": self.scale.contiguous()}, {
-            "format": FORMAT, "about": json.dumps({"shape": self.shape, **self.metadata})})
+        tensors = {"keys": keys, "values": values, "scale": self.scale.contiguous()}
+        about = json.dumps({"shape": self.shape, **self.metadata})
+        return safetensors.torch.save(tensors, {"format": FORMAT, "about": about})
 
     def save(self, path):
         """Write one safetensors file; a reader never sees half of it."""
         Path(f"{path}.part").write_bytes(self.serialise())
-        os.replace(f"{path}.part", path)
+        Path(f"{path}.part").replace(path)
 
     @classmethod
     def load(cls, path, device="cpu", dtype=torch.float32):
@@ -111,32 +106,30 @@ class Dictionaries:
             path = find_folder(path, ["dictionary.safetensors"]) / "dictionary.safetensors"
         if not path.is_file():
             raise InputError(f"dictionary '{path}' does not exist; learn one with train_dict.py")
-        with door(f"dictionary '{path}' is damaged", "learn it again"):
-            with safe_open(path, "pt") as file:
-                header = file.metadata() or {}
-                if header.get("format") != FORMAT:
-                    raise InputError(f"'{path}' is not a dictionary of format {FORMAT}; give one that "
-                                     "train_dict.py wrote")
-                keys, values, scale = map(file.get_tensor, ("keys", "values", "scale"))
+        damage = door(f"dictionary '{path}' is damaged", "learn it again")
+        with damage, safetensors.safe_open(path, "pt") as file:
+            if (header := file.metadata() or {}).get("format") != FORMAT:
+                raise ValueError(f"it is not a dictionary of format {FORMAT}")
+            keys, values, scale = map(file.get_tensor, ("keys", "values", "scale"))
             atoms, about = torch.stack((keys, values)).to(dtype), json.loads(header["about"])
-            shape, (L, _, M) = about.pop("shape"), keys.shape
+            (L, _, M), shape = keys.shape, about["shape"]
             harm = about.get("divergence", {"kl": np.ones((2, L, 2)), "sparsity": (1, 2)})
             kl, tried = (np.array(harm[name], float) for name in ("kl", "sparsity"))
             if not (shape["n_layers"] == L and M % shape["head_dim"] == 0 and scale.shape == (2, L)
                     and kl.shape == (2, L, len(tried)) and (kl >= 0).all() and len(tried) > 1
-                    and (np.diff(tried, prepend=0) > 0).all() and (scale > 0).all()
-                    and atoms.isfinite().all() and scale.isfinite().all()):
+                    and (np.diff(tried, prepend=0) > 0).all() and atoms.isfinite().all()
+                    and scale.log().isfinite().all()):  # so it is above 0, too
                 raise ValueError("NaN, a scale that is not above 0, or shapes that do not agree")
-        return cls(atoms.to(device), scale.to(device), shape, **about)
+        return cls(atoms.to(device), scale.to(device), **about)
 
     @classmethod
     def find(cls, model):
         """Path of the dictionary that lies in a model's folder, or for it in dictionaries/."""
-        name = f"dictionaries/*--{Path(model).name}.safetensors"
-        for path in [find_folder(model) / "dictionary.safetensors", *Path(__file__).parent.glob(name)]:
+        learned = Path(__file__).parent.glob(f"dictionaries/*--{Path(model).name}.safetensors")
+        for path in (find_folder(model) / "dictionary.safetensors", *learned):
             if path.is_file():
                 return path
-        raise InputError(f"no dictionary is known for model '{model}'; give --dictionary or --dense, "
+        raise InputError(f"no dictionary is known for '{model}'; give --dictionary or --dense, "
                          f"or learn one: python train_dict.py --model {model}")
 
 def shape_of(config):
@@ -159,17 +152,14 @@ class Codes:
                       for width, dtype in self.columns(sparsity)]
 
     def reserve(self, capacity):
-        """Make room for `capacity` tokens in all; room that has to grow at least doubles."""
-        for i, old in enumerate(self.parts):
-            if capacity > (room := old.shape[2]):
-                self.parts[i] = old.new_empty(*old.shape[:2], max(capacity, 2 * room), old.shape[3])
-                self.parts[i][:, :, :room] = old
+        """Make room for `capacity` tokens in all."""
+        self.parts = [with_room(part, capacity) for part in self.parts]
 
     def write(self, positions, parts):
-        """Store what encode gave for vectors (B, H, T) as tokens `positions` (T,)."""
+        """Store what encode gave for vectors (B, H, T) as tokens `positions` (T,). As bytes: few
+        operations know FP8."""
         for stored, part in zip(self.parts, parts):
             part = part.view(*stored.shape[:2], len(positions), -1).to(stored.dtype)
-            # As bytes, for not every operation knows FP8.
             stored.view(torch.uint8).index_copy_(2, positions, part.view(torch.uint8))
 
     def read(self, start, end):
@@ -182,24 +172,28 @@ class Codes:
         """Bytes of one coded vector."""
         return sum(width * dtype.itemsize for width, dtype in cls.columns(sparsity))
 
+def with_room(x, tokens):
+    """x (..., room, .) if it holds so many tokens, else in larger room, twice as large at least."""
+    *outer, room, width = x.shape
+    more = max(tokens - room, room) if tokens > room else 0
+    return torch.cat((x, x.new_zeros(*outer, more, width)), dim=-2) if more else x
+
 class FP8Codes(Codes):
     """The published format, 3 s bytes: s int16 indices, s coefficients in FP8 E4M3 (a sign, 4 bits
     of exponent, 3 of mantissa). What is larger than E4M3's largest number, 448, becomes that."""
 
     most_atoms, level_bits = 2**15, staticmethod(lambda n_atoms: 0)
     columns = staticmethod(lambda s: ((s, torch.int16), (s, torch.float8_e4m3fn)))
-    # What the 256 bytes mean. (A look-up: torch converts FP8 slowly on a CPU.)
-    numbers = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn).float()
+    numbers = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn).float()  # of each byte
 
-    @staticmethod
-    def encode(D, Y, sparsity, pursuit):
+    def encode(self, D, Y, sparsity, pursuit):
         indices, z = pursuit(D, Y, sparsity)  # (n, B, s)
         return indices, z.clamp(-448, 448)
 
     def decode(self, indices, coefficients):
-        which = coefficients.view(torch.uint8).flatten().int()
-        floats = self.numbers.to(which.device).index_select(0, which)
-        return indices.int(), floats.view(indices.shape)
+        byte = coefficients.view(torch.uint8).flatten().int()  # torch converts FP8 slowly on a CPU
+        z = self.numbers.to(byte.device).index_select(0, byte)
+        return indices.int(), z.view(indices.shape)
 
 class WordCodes(Codes):
     """Ours, 2 s + 1 bytes: s words of 16 bits, the index in the upper bits, in the rest a signed
@@ -209,12 +203,10 @@ class WordCodes(Codes):
     most_atoms, level_bits = 2**13, staticmethod(lambda n_atoms: 16 - (n_atoms - 1).bit_length())
     columns = staticmethod(lambda s: ((s, torch.int16), (1, torch.uint8)))
 
-    @staticmethod
-    def encode(D, Y, sparsity, pursuit):
-        bits = WordCodes.level_bits(D.shape[1])
-        indices, level, e = omp_levels(D, Y, sparsity, bits, pursuit)
+    def encode(self, D, Y, sparsity, pursuit):
+        indices, level, e = omp_levels(D, Y, sparsity, self.bits, pursuit)
         # What passes 2^15 wraps when it is stored as int16: the bits are the same.
-        return (indices << bits) | (level & ((1 << bits) - 1)), e
+        return (indices << self.bits) | (level & ((1 << self.bits) - 1)), e
 
     def decode(self, words, e):
         words = words.int()
@@ -231,36 +223,28 @@ def attend_codes(q, key_codes, value_codes, compressed, keys, values, seen):
     q: (B, G H, T, m). key_codes, value_codes: Codes, of which the first `compressed` tokens count
     (a number, or a tensor () on the device). keys, values: (B, H, S, m), dense, where seen (T, S).
     Returns the output, shaped as q. Queries are taken a few at a time, and tokens in pieces: what
-    is held beside the scores stays small, whatever the context.
-
-    If a vector holds several heads, as M = heads x m numbers, every row of q is one of M numbers, 0
-    but for its own head's, and of the output (M numbers) its own head's are taken."""
-    (B, _, T, m), H, n, dtype = q.shape, keys.shape[1], int(compressed), q.dtype
-    Dk, Dv, heads = key_codes.D.float(), value_codes.D.float(), key_codes.D.shape[1] // m  # (N, M)
-    own = torch.eye(heads, device=q.device).view(1, heads, 1, 1, heads, 1)
-    q = q.reshape(B * H, -1, T, m).float() / m**0.5  # (B H, G, T, m)
-    keys, values = keys.flatten(0, 1).float(), values.flatten(0, 1).float()  # (B H, S, m)
-    P, G = B * H // heads, q.shape[1]
-    size = max(1, PIECE // (P * heads * G * min(T, QUERIES) * value_codes.sparsity))
+    is held beside the scores stays small, whatever the context."""
+    n, (B, H, S, m) = int(compressed), keys.shape
+    if q.shape[2] > QUERIES:
+        return torch.cat([attend_codes(few, key_codes, value_codes, n, keys, values, allowed)
+                          for few, allowed in zip(q.split(QUERIES, 2), seen.split(QUERIES))], dim=2)
+    Dk, Dv, heads = key_codes.D.float(), value_codes.D.float(), key_codes.D.shape[1] // m
+    q_heads = q.reshape(B * H, -1, m).float() / m**0.5  # (B H, G T, m)
+    q_codes = q_heads.view(B * H // heads, -1, m)  # (P, R, m): a code serves R = heads G T queries
+    size = max(1, PIECE * m // (q.numel() * value_codes.sparsity))
     pieces = [(start, min(start + size, n)) for start in range(0, n, size)]
-    outs = []
-    for rows, allowed in zip(q.split(QUERIES, dim=2), seen.split(QUERIES)):
-        wide = (rows.view(P, heads, G, -1, 1, m) * own).flatten(4).flatten(1, 3)  # (P, R, M)
-        scores = [scores_over_codes(wide * key_codes.scale, Dk, *key_codes.read(*piece))
-                  for piece in pieces]
-        dense = (rows.flatten(1, 2) @ keys.mT).unflatten(1, (G, -1))  # (B H, G, T, S)
-        scores.append(dense.masked_fill(~allowed, -torch.inf).view(P, wide.shape[1], -1))
-        p = torch.softmax(torch.cat(scores, dim=-1), dim=-1)  # (P, R, n + S), R = heads G T
-        out = p[..., n:].reshape(B * H, -1, keys.shape[1]) @ values  # (B H, G T, m)
-        if pieces:
-            w = p.new_zeros(wide.shape[1], P, len(Dv))  # (R, P, N)
-            for start, end in pieces:
-                add_over_codes(w, p[..., start:end], *value_codes.read(start, end))
-            wide = (w @ Dv).transpose(0, 1) * value_codes.scale  # (P, R, M)
-            wide = wide.view(P, heads, G, -1, heads, m) * own
-            out = out + wide.sum(4).view_as(out)
-        outs.append(out.unflatten(1, (G, -1)))  # (B H, G, T, m)
-    return torch.cat(outs, dim=2).reshape(B, -1, T, m).to(dtype)
+    scores = [scores_over_codes(q_codes * key_codes.scale, Dk, *key_codes.read(*piece))
+              for piece in pieces]
+    dense = (q_heads @ keys.flatten(0, 1).float().mT).view(B, -1, *seen.shape)  # (B, G H, T, S)
+    scores.append(dense.masked_fill(~seen, -torch.inf).view(*q_codes.shape[:2], S))
+    p = torch.softmax(torch.cat(scores, dim=-1), dim=-1)  # (P, R, n + S)
+    w = p.new_zeros(*p.shape[:2], len(Dv))
+    for start, end in pieces:
+        add_over_codes(w, p[..., start:end], *value_codes.read(start, end))
+    # Of the atoms that a code of several heads adds up, a query takes its own head's part.
+    out = torch.einsum("phrn,nhm->phrm", w.unflatten(1, (heads, -1)), Dv.unflatten(1, (heads, m)))
+    dense = p[..., n:].reshape(B * H, -1, S) @ values.flatten(0, 1).float()  # (B H, G T, m)
+    return (out.reshape(dense.shape) * value_codes.scale + dense).view(q.shape).to(q.dtype)
 
 def join(x, heads):
     """Vectors of one head x (..., H, T, m) as vectors of several, (..., H / heads, T, heads m)."""
@@ -271,22 +255,20 @@ def split(x, heads):
     return x.unflatten(-1, (heads, -1)).transpose(-3, -2).flatten(-4, -3)
 
 def scores_over_codes(q, D, indices, coefficients):
-    """<q, z D> of every query and coded token, without z D. q: (P, R, m), R query rows for each of
-    P codes of a token. D: (N, m). indices, coefficients: (P, T, s). Returns (P, R, T)."""
-    (P, R, m), (T, s), N = q.shape, indices.shape[1:], len(D)
-    table = (q.reshape(P * R, m) @ D.T).view(P, R, N).mT  # every query with every atom
-    offset = torch.arange(0, P * N, N, dtype=torch.int32, device=q.device)  # of each one's table
-    out = F.embedding_bag((indices + offset[:, None, None]).view(P * T, s), table.reshape(P * N, R),
+    """<q, z D> of every query and coded token, without z D. q: (P, R, m), R queries for each of the
+    P codes of a token, head by head. D: (N, M), where a query meets the m numbers of its own head.
+    indices, coefficients: (P, T, s). Returns (P, R, T)."""
+    (P, R, m), (T, s), (N, M) = q.shape, indices.shape[1:], D.shape
+    q, D = q.unflatten(1, (M // m, -1)), D.unflatten(1, (M // m, m))
+    table = torch.einsum("phrm,nhm->pnhr", q, D)  # every query with every atom
+    out = F.embedding_bag(in_one_table(indices, N).view(P * T, s), table.reshape(P * N, R),
                           per_sample_weights=coefficients.reshape(P * T, s), mode="sum")
     return out.view(P, T, R).mT
 
 def add_over_codes(w, p, indices, coefficients):
-    """Add p z to the table w (R, P, N), at z's indices. p: (P, R, T), codes: (P, T, s)."""
-    R, P, N = w.shape
-    offset = torch.arange(0, P * N, N, dtype=torch.int32, device=w.device)
-    targets = (indices + offset[:, None, None]).view(1, -1).long().expand(R, -1)  # (R, P T s)
-    added = p.transpose(0, 1).contiguous()[..., None] * coefficients  # (R, P, T, s)
-    w.view(R, P * N).scatter_add_(1, targets, added.view(R, -1))
+    """Add p z to the table w (P, R, N), at z's indices. p: (P, R, T), codes: (P, T, s)."""
+    targets = indices.flatten(1)[:, None].long().expand(-1, w.shape[1], -1)  # (P, R, T s)
+    w.scatter_add_(2, targets, (p[..., None] * coefficients[:, None]).flatten(2))
 
 # ---- Caches --------------------------------------------------------------------------------------
 
@@ -295,7 +277,7 @@ class Counters:
     the device, where a recorded step reads them."""
 
     def __init__(self, device):
-        self.length = self.compressed = 0
+        self.length = self.compressed = self.leaving = 0  # leaving: those that a step codes
         self.position, self.boundary = torch.zeros(2, dtype=torch.long, device=device)
 
     def advance(self, tokens=0, compressed=0, replayed=False):
@@ -305,6 +287,9 @@ class Counters:
         if not replayed:
             self.position += tokens
             self.boundary += compressed
+
+    def end(self, T):
+        self.advance(T, self.leaving)
 
 class DenseCache(Counters):
     """Every key and value as it is: the baseline, (2, L, B, H, capacity, m)."""
@@ -317,12 +302,10 @@ class DenseCache(Counters):
                               config.head_dim, device=self.position.device, dtype=dtype)
 
     def begin(self, T):
-        old, room, self.last = self.kv, self.kv.shape[4], self.length + T
-        if self.last > room:
-            self.kv = old.new_zeros(*old.shape[:4], max(self.last, 2 * room), old.shape[5])
-            self.kv[..., :room, :] = old
+        self.last = self.length + T
+        self.kv = with_room(self.kv, self.last)
         self.new = self.position + torch.arange(T, device=self.kv.device)  # (T,)
-        self.mask = causal_lower_right(T, self.last) if T > 1 and self.length else None
+        self.mask = causal_lower_right(T, self.last) if T > 1 else None
         if T == 1 and self.kv.is_cuda:  # over all of the room, so that every step looks alike
             self.last = self.kv.shape[4]
             self.mask = (torch.arange(self.last, device=self.kv.device) <= self.position)[None]
@@ -332,12 +315,7 @@ class DenseCache(Counters):
         for x, cached in zip((k, v), self.kv[:, layer]):
             cached.index_copy_(2, self.new, x.to(cached.dtype))
         keys, values = self.kv[:, layer, :, :, :self.last].to(q.dtype)
-        causal = self.mask is None and q.shape[2] > 1
-        return F.scaled_dot_product_attention(q, keys, values, self.mask, is_causal=causal,
-                                              enable_gqa=True)
-
-    def end(self, T):
-        self.advance(T)
+        return F.scaled_dot_product_attention(q, keys, values, self.mask, enable_gqa=True)
 
     def nbytes(self):
         used = self.kv[..., :self.length, :].numel()
@@ -348,9 +326,9 @@ class SparseCache(Counters):
 
     sparsity: coefficients a vector, one number or one for each dictionary (2, L). buffer: newest
     tokens always kept dense. window: tokens coded at a time once the buffer overflows. sinks: first
-    tokens that stay dense for good. batch: sequences, all of one length. capacity: tokens to
-    reserve room for, where known. coding: how codes are stored (CODINGS). pursuit: a function
-    (D, Y, sparsity) -> indices, coefficients for D (N, m) and Y (B, m). dtype: of what is dense."""
+    tokens, dense for good. batch: sequences of one length. capacity: tokens to reserve room for.
+    coding: how codes are stored (CODINGS). pursuit: a function (D, Y, sparsity) -> indices,
+    coefficients for D (N, m) and Y (B, m). dtype: of what is dense."""
 
     replayable = False  # until a step was seen to be the same launches at every length
 
@@ -358,22 +336,21 @@ class SparseCache(Counters):
                  capacity=0, coding="word", pursuit=omp, dtype=None):
         atoms, scale = dictionaries.check(config).atoms, dictionaries.scale
         super().__init__(atoms.device)
-        table = [[sparsity] * config.n_layers] * 2 if isinstance(sparsity, int) else sparsity
-        (N, M), flat = atoms.shape[2:], table[KEYS] + table[VALUES]
+        table, (N, M) = np.broadcast_to(sparsity, (2, config.n_layers)), atoms.shape[2:]
         if coding not in CODINGS or N > CODINGS[coding].most_atoms:
-            raise InputError(f"coding '{coding}' is unknown, or has no room for {N} atoms; use " + ", ".
-                             join(f"{name} (up to {CODINGS[name].most_atoms})" for name in CODINGS))
-        if not 1 <= min(flat) <= max(flat) <= min(N, M) or min(buffer, window - 1, sinks) < 0:
-            raise InputError(f"sparsity {sparsity} is outside 1 .. {min(N, M)}, for vectors of {M} "
-                             f"numbers, or buffer {buffer}, window {window} or sinks {sinks} too low")
-        self.config, self.dictionaries = config, dictionaries
-        self.buffer, self.window, self.sinks = buffer, window, sinks
+            known = ", ".join(f"{name} (up to {kind.most_atoms})" for name, kind in CODINGS.items())
+            raise InputError(f"coding '{coding}' is unknown or holds no {N} atoms; use {known}")
+        if not 1 <= table.min() <= table.max() <= min(N, M) or min(buffer, window - 1, sinks) < 0:
+            raise InputError(f"sparsity {sparsity} is not within 1 .. {min(N, M)} (N or M), "
+                             f"or buffer {buffer}, window {window} or sinks {sinks} is too low")
+        self.config, self.dictionaries, self.sinks = config, dictionaries, sinks
+        self.buffer, self.window, self.ring = buffer, window, buffer + window
         # A search that was written for one dictionary is called for one after the other.
         batched = getattr(pursuit, "func", pursuit) in (omp, omp_beam)
-        self.pursuit = pursuit if batched else functools.partial(one_by_one, pursuit)
-        self.codes = {(kind, layer): CODINGS[coding](atoms[kind, layer], scale[kind, layer], s, batch,
-                                                     config.kv_heads // dictionaries.heads)
-                      for kind in (KEYS, VALUES) for layer, s in enumerate(table[kind])}
+        self.pursuit = pursuit if batched else one_by_one(pursuit)
+        vectors = config.kv_heads // dictionaries.heads  # of a token, for each dictionary
+        self.codes = {key: CODINGS[coding](atoms[key], scale[key], int(table[key]), batch, vectors)
+                      for key in np.ndindex(table.shape)}  # key: (kind, layer)
         for codes in self.codes.values():
             codes.reserve(max(0, capacity - buffer - sinks))
         # Dense tokens lie in slots: the sinks first, each for good, then a ring (see slot_of). Keys
@@ -383,8 +360,7 @@ class SparseCache(Counters):
                                  config.head_dim, device=atoms.device, dtype=dtype or atoms.dtype)
 
     def slot_of(self, t):
-        ring = self.buffer + self.window
-        return torch.where(t < self.sinks, t, self.sinks + (t - self.sinks) % ring)
+        return torch.where(t < self.sinks, t, self.sinks + (t - self.sinks) % self.ring)
 
     @property
     def waiting(self):
@@ -394,7 +370,7 @@ class SparseCache(Counters):
     @property
     def full(self):
         """Whether it is time to code the oldest tokens of the ring."""
-        return self.waiting >= self.buffer + self.window
+        return self.waiting >= self.ring
 
     def begin(self, T):
         """Work out, for all layers, where T new tokens go and what they see."""
@@ -403,68 +379,57 @@ class SparseCache(Counters):
         # As many of the ring's and of the new tokens as pass the buffer are coded at once.
         self.leaving = max(0, self.waiting + T - self.buffer) if T > 1 else 0
         if T == 1:
-            self.tokens, ring = self.position.view(1), self.buffer + self.window
-            age = (self.position - self.slots) % ring  # of the ring's slots, 0: the newest token
-            waiting = self.position + 1 - self.sinks - self.boundary
+            self.tokens, first = self.position.view(1), self.sinks + self.boundary  # not coded
+            newest = self.position - (self.position - self.slots) % self.ring  # in the ring's slots
             self.seen = torch.where(self.slots < self.sinks, self.slots <= self.position,
-                                    age < waiting)[None]  # (1, S)
+                                    newest >= first)[None]  # (1, S)
         else:
             t = torch.arange(self.length + T, device=self.slots.device)
-            self.tokens = t[(t < self.sinks) | (t >= self.sinks + self.compressed)]  # all dense ones
+            self.tokens = t[(t < self.sinks) | (t >= self.sinks + self.compressed)]  # dense ones
             self.seen = self.tokens <= t[self.length:, None]  # (T, S)
+        self.places = self.slot_of(self.tokens)
 
     def attend(self, layer, q, k, v):
         """Append k, v (B, H, T, m), attend with q (B, G H, T, m): the output, shaped as q."""
         dense, codes = self.dense[:, layer], [self.codes[kind, layer] for kind in (KEYS, VALUES)]
-        T, slots = q.shape[2], self.slot_of(self.tokens)
+        T, kv = q.shape[2], torch.stack((k, v))  # (2, B, H, T, m)
         if T == 1:
-            for x, stored in zip((k, v), dense):
-                stored.index_copy_(2, slots, x.to(stored.dtype))
+            dense.index_copy_(3, self.places, kv.to(dense.dtype))
             step = q, *codes, self.boundary, *dense, self.seen
             out = attend_fused(*step)
             self.replayable = out is not None and self.pursuit is omp
             return attend_codes(*step) if out is None else out
+        kv = torch.cat((dense[:, :, :, self.places[:-T]].to(kv.dtype), kv), dim=3)
         if self.length == 0:  # a prompt attends exactly
             out = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
         else:
-            k, v = (torch.cat((stored[:, :, slots[:-T]].to(x.dtype), x), dim=2)
-                    for stored, x in zip(dense, (k, v)))  # (B, H, S, m)
-            out = attend_codes(q, *codes, self.boundary, k, v, self.seen)
+            out = attend_codes(q, *codes, self.boundary, *kv, self.seen)
         leaves = slice(self.sinks, self.sinks + self.leaving)
-        stays = torch.ones_like(slots, dtype=torch.bool)
-        stays[leaves] = False
-        for kind, x in enumerate((k, v)):
-            if self.leaving:
-                self.encode([(kind, layer)], self.tokens[leaves] - self.sinks, x[None, :, :, leaves])
-            dense[kind][:, :, slots[stays]] = x[:, :, stays].to(dense.dtype)
+        for kind in (KEYS, VALUES) if self.leaving else ():
+            x = kv[kind, None, :, :, leaves]
+            self.encode([(kind, layer)], self.tokens[leaves] - self.sinks, x)
+        for stay in (slice(leaves.start), slice(leaves.stop, None)):  # those before and after
+            dense[:, :, :, self.places[stay]] = kv[:, :, :, stay].to(dense.dtype)
         return out
 
-    def end(self, T):
-        self.advance(T, self.leaving)
-
     def compress(self):
-        """Code the oldest `window` tokens of the ring, for all layers, keys and values together.
-
-        Called by every decoding step that finds the ring full. A caller that wants to time it, or
-        to have it done while it waits, calls it between steps. With fewer tokens it does nothing.
-        """
+        """Code the oldest `window` tokens of the ring, for all layers, keys and values together; do
+        nothing if there are fewer. A decoding step that finds the ring full calls it. So may a
+        caller between steps: to time it, or to have it done while it waits."""
         if self.waiting < self.window:
             return
         coded = self.boundary + torch.arange(self.window, device=self.slots.device)
         oldest = self.dense.index_select(4, self.slot_of(self.sinks + coded))
-        groups = {}  # dictionaries of equal sparsity are pursued at once
-        for key, codes in self.codes.items():
-            groups.setdefault(codes.sparsity, []).append(key)
-        for keys in groups.values():
+        for s in {codes.sparsity for codes in self.codes.values()}:  # equal ones are coded at once
+            keys = [key for key, codes in self.codes.items() if codes.sparsity == s]
             self.encode(keys, coded, torch.stack([oldest[key] for key in keys]))
         self.advance(compressed=self.window)
 
     def encode(self, keys, positions, x):
-        """Code vectors x (n, B, H, T, m) of the n dictionaries `keys`, which have one sparsity, as
-        tokens `positions` (T,)."""
+        """Code x (n, B, H, T, m), of n dictionaries of one sparsity, as tokens `positions` (T,)."""
         group, D = [self.codes[key] for key in keys], self.dictionaries.atoms.flatten(0, 1)
         if len(group) < len(self.codes):  # all of them are there without a copy
-            D = torch.stack([codes.D for codes in group]) if len(group) > 1 else group[0].D[None]
+            D = torch.stack([codes.D for codes in group])
         scale = torch.stack([codes.scale for codes in group]).view(-1, 1, 1, 1, 1)
         Y = join(x / scale, self.dictionaries.heads).flatten(1, 3)  # (n, B H T, M), float32
         parts = group[0].encode(D, Y, group[0].sparsity, self.pursuit)
@@ -473,33 +438,15 @@ class SparseCache(Counters):
             codes.write(positions, own)
 
     def nbytes(self):
-        """Bytes in use by codes, by what is dense and in total, of the dictionaries (which are there
-        once, whatever context and batch), allocated in all, and of a dense 16-bit cache; and the
+        """Bytes in use by codes, by what is dense and in total; of dictionaries (there once, for
+        all contexts and batches); allocated in all; of a dense 16-bit cache. And "vector": the
         share of a vector's 16-bit bytes that its code takes."""
-        each = [codes.nbytes_each(codes.sparsity) for codes in self.codes.values()]
-        B, H = self.dense.shape[2:4]
-        plain = 2 * self.config.head_dim * len(each) * B * H  # of a token, in 16 bits
-        packed = sum(each) * B * H // self.dictionaries.heads
-        codes, waiting = packed * self.compressed, self.length - self.compressed
-        constant = self.dictionaries.atoms.nbytes + self.dictionaries.scale.nbytes
-        reserved = sum(part.nbytes for codes in self.codes.values() for part in codes.parts)
-        buffer = waiting * self.dense[..., 0, :].nbytes
-        return {"codes": codes, "buffer": buffer, "total": codes + buffer,
-                "dense": plain * self.length, "dictionaries": constant,
-                "allocated": reserved + self.dense.nbytes + constant, "vector": packed / plain}
-
-def one_by_one(pursuit, D, Y, sparsity):
-    """A pursuit of one dictionary (N, m), for each of D (n, N, m) and its vectors Y (n, B, m)."""
-    return tuple(torch.stack(part) for part in zip(*(pursuit(*one, sparsity) for one in zip(D, Y))))
-
-if __name__ == "__main__":  # 100 tokens of a text one by one: bytes of a vector, KL to dense
-    model, d = Llama.from_pretrained("tiny"), Dictionaries.load(Dictionaries.find("tiny"))
-    text = (find_folder("tiny") / "held-out.txt").read_text(encoding="utf-8")
-    tokens = torch.tensor([Tokenizer.from_pretrained("tiny").encode(text)[:400]])
-    full = model(tokens)[0, 300:].float().log_softmax(-1)
-    for s in (2, 4, 8, 16):
-        cache = SparseCache(model.config, d, s, coding="fp8")
-        steps = [model(part, cache) for part in tokens.split([300] + [1] * 100, dim=1)]
-        log_p = torch.cat(steps, dim=1)[0, 300:].float().log_softmax(-1)
-        kl = (full.exp() * (full - log_p)).sum(-1).mean()
-        print(f"s = {s:2d}  {cache.nbytes()['vector']:6.1%}  KL {kl:.4f}")
+        atoms, parts = self.dictionaries.atoms, [p for c in self.codes.values() for p in c.parts]
+        codes = sum(part[:, :, :self.compressed].nbytes for part in parts)
+        token, constant = self.dense[..., 0, :], atoms.nbytes + self.dictionaries.scale.nbytes
+        buffer = token.nbytes * (self.length - self.compressed)
+        allocated = constant + self.dense.nbytes + sum(part.nbytes for part in parts)
+        vectors = sum(part.shape[3] * part.itemsize for part in parts)  # one of each dictionary
+        return {"codes": codes, "buffer": buffer, "total": codes + buffer, "allocated": allocated,
+                "dense": 2 * token.numel() * self.length, "dictionaries": constant,
+                "vector": vectors / (2 * atoms[:, :, 0].numel())}

@@ -39,9 +39,7 @@ def omp(D, Y, sparsity, tol=None):
     met tol. Atoms of the others are distinct. Raises ValueError for what does not fit."""
     D3, Y3 = with_batch(D, Y, sparsity)
     found = omp_fused(D3, Y3, sparsity) if tol is None else None
-    if found is None:
-        found = sliced(lambda D, Y: solve(D, *pursue(D, Y, sparsity, tol)), D3, Y3)
-    return like(Y, found)
+    return like(Y, found or sliced(lambda D, Y: solve(D, *pursue(D, Y, sparsity, tol)), D3, Y3))
 
 @torch.no_grad()
 def omp_beam(D, Y, sparsity, width):
@@ -50,8 +48,7 @@ def omp_beam(D, Y, sparsity, width):
     A step extends each support by its `width` best-correlated atoms, computes the exact error of
     every extension, merges equal supports (the same atoms in another order), and keeps the best.
     The greedy support always keeps its place, so the result is never worse than omp's; width 1 is
-    omp, and with room for every support it is exhaustive search. Arguments and results as for omp.
-    """
+    omp, and with room for every support it is exhaustive search. The rest is as for omp."""
     if width < 1:
         raise ValueError(f"width {width} is not at least 1")
     if width == 1:
@@ -67,25 +64,31 @@ def omp_levels(D, Y, sparsity, bits, pursuit=omp):
 
     Returns indices and levels (..., B, s) and e (..., B, 1), int64."""
     D3, Y3 = with_batch(D, Y, sparsity)
-    if pursuit is not omp:
+    if pursuit is omp:
+        found = (omp_fused(D3, Y3, sparsity, bits)
+                 or sliced(lambda D, Y: solve(D, *pursue(D, Y, sparsity), bits), D3, Y3))
+    else:
         indices = pursuit(D, Y, sparsity)[0].reshape(*Y3.shape[:2], -1)
         found = sliced(lambda D, Y, indices: solve(D, *basis(D, Y, indices), bits), D3, Y3, indices)
-    elif (found := omp_fused(D3, Y3, sparsity, bits)) is None:
-        found = sliced(lambda D, Y: solve(D, *pursue(D, Y, sparsity), bits), D3, Y3)
     return like(Y, found)
+
+def one_by_one(pursuit):
+    """A pursuit for one dictionary (N, m) and its vectors (B, m), as one for a batch of them."""
+    def many(D, Y, sparsity):
+        found = [pursuit(*one, sparsity) for one in zip(D, Y)]
+        return tuple(torch.stack(part) for part in zip(*found))
+    return many
 
 def with_batch(D, Y, sparsity):
     """D (L, N, m) and Y (L, B, m), L = 1 where they come without it, if they fit each other."""
-    if D.dim() not in (2, 3) or D.dim() != Y.dim() or D.shape[-1] != Y.shape[-1]:
+    D3, Y3 = (x[None] if x.dim() == 2 else x for x in (D, Y))
+    if D3.dim() != 3 or D.dim() != Y.dim() or D3.shape[::2] != Y3.shape[::2]:  # L, m
         raise ValueError(f"D {tuple(D.shape)} and Y {tuple(Y.shape)} do not fit: (N, m), (B, m) "
                          "or (L, N, m), (L, B, m)")
-    N, m = D.shape[-2:]
-    if not 1 <= sparsity <= min(N, m):
-        raise ValueError(f"sparsity {sparsity} is not within 1 .. {min(N, m)} (N = {N}, m = {m})")
-    D, Y = (x if x.dim() == 3 else x[None] for x in (D, Y))
-    if len(D) != len(Y):
-        raise ValueError(f"{len(D)} dictionaries for {len(Y)} batches of vectors")
-    return D, Y
+    most = min(D3.shape[1:])
+    if not 1 <= sparsity <= most:
+        raise ValueError(f"sparsity {sparsity} is not within 1 .. {most}, the lesser of N and m")
+    return D3, Y3
 
 def sliced(function, D, Y, *others, each=1):
     """function(D, Y, *others) in float32 at least, on slices along B whose correlations, `each`
@@ -108,13 +111,12 @@ def pursue(D, Y, sparsity, tol=None):
     L, B, m = Y.shape
     indices = torch.zeros(L, B, sparsity, dtype=torch.long, device=Y.device)
     Q, Qy = Y.new_zeros(L, B, sparsity, m), Y.new_zeros(L, B, sparsity)
-    correlation = Y.new_empty(L, B, D.shape[1])
-    residual = Y
+    residual, correlation = Y, Y.new_empty(L, B, D.shape[1])
     for k in range(sparsity):
         torch.bmm(residual, D.mT, out=correlation)  # (L, B, N)
         correlation.abs_().scatter_(-1, indices[..., :k], -1)  # an atom is chosen once
-        indices[..., k] = best = argmax_rows(correlation)  # (L, B)
-        q = new_direction(Q[..., :k, :], gather_atoms(D, best))  # (L, B, m)
+        indices[..., k] = argmax_rows(correlation)
+        q = new_part(gather_atoms(D, indices[..., k:k + 1]), Q[..., :k, :])[..., 0, :]  # (L, B, m)
         if tol is not None:
             q = q * (residual.norm(dim=-1) > tol * Y.norm(dim=-1))[..., None]
         Q[..., k, :] = q
@@ -126,19 +128,22 @@ def basis(D, Y, indices):
     """Q and Qy, as pursue gives them, of atoms that were chosen elsewhere."""
     Q = Y.new_zeros(*indices.shape, Y.shape[-1])  # (L, B, s, m)
     for k in range(indices.shape[-1]):
-        Q[..., k, :] = new_direction(Q[..., :k, :], gather_atoms(D, indices[..., k]))
+        Q[..., k:k + 1, :] = new_part(gather_atoms(D, indices[..., k:k + 1]), Q[..., :k, :])
     return indices, Q, (Q @ Y[..., None])[..., 0]
 
-def new_direction(Q, atom):
-    """What of an atom (L, B, m) is new to a basis Q (L, B, k, m), at unit length (Gram-Schmidt), or
+def new_part(atoms, Q):
+    """What of each atom (..., C, m) is new to a basis Q (..., k, m), at unit length (Gram-Schmidt);
     0 if it adds nothing: then its coefficient is 0."""
-    inner = (Q * atom[..., None, :]).sum(-1, keepdim=True)  # (L, B, k, 1)
-    q = atom - (Q * inner).sum(-2)
-    norm = q.norm(dim=-1, keepdim=True).clamp_(min=1e-4)  # (L, B, 1)
+    q = atoms - (atoms @ Q.mT) @ Q
+    norm = q.norm(dim=-1, keepdim=True).clamp_(min=1e-4)  # (..., C, 1)
     return q * ((norm > 1e-4) / norm)
 
 def pursue_beam(D, Y, sparsity, width):
     """Beam search: what pursue returns, of the best support found."""
+    def take(x, index):  # entries of x (L, B, beams or candidates, ...) by index (L, B, W)
+        index = index.view(index.shape + (1,) * (x.dim() - 3))
+        return x.gather(2, index.expand(*index.shape[:3], *x.shape[3:]))
+
     (L, N, m), B, W = D.shape, Y.shape[1], 1  # W beams now: one empty support, later up to width
     label = torch.randint(2**62, (N,), generator=torch.Generator().manual_seed(0)).to(Y.device)
     indices = torch.zeros(L, B, W, 0, dtype=torch.long, device=Y.device)
@@ -146,15 +151,11 @@ def pursue_beam(D, Y, sparsity, width):
     residual = Y[:, :, None]  # (L, B, W, m)
     error = residual.square().sum(-1)  # (L, B, W); inf marks an unused beam
     for k in range(sparsity):
-        # Candidates: the C best-correlated atoms of every beam, and the part of each that is new.
+        # Candidates: the C best-correlated atoms of every beam, and what of each is new to it.
         correlation = (residual.flatten(1, 2) @ D.mT).unflatten(1, (B, W))  # (L, B, W, N)
         correlation.abs_().scatter_(-1, indices, -1)
         best = correlation.topk(min(width, N - k), dim=-1).indices  # (L, B, W, C)
-        C = best.shape[-1]
-        atom = gather_atoms(D, best)  # (L, B, W, C, m)
-        q = atom - (atom @ Q.mT) @ Q  # (L, B, W, C, m)
-        norm = q.norm(dim=-1).clamp_(min=1e-4)  # (L, B, W, C)
-        q = q * ((norm > 1e-4) / norm)[..., None]
+        q, C = new_part(gather_atoms(D, best), Q), best.shape[-1]  # (L, B, W, C, m)
         step = (q @ residual[..., None])[..., 0]  # (L, B, W, C)
         after = (error[..., None] - step.square()).flatten(2)  # (L, B, W C)
 
@@ -163,15 +164,9 @@ def pursue_beam(D, Y, sparsity, width):
         key = (label[indices].sum(-1)[..., None] + label[best]).flatten(2)  # (L, B, W C)
         equal = key[..., :, None] == key[..., None, :]  # (L, B, W C, W C)
         after.masked_fill_(equal.tril(-1).any(dim=-1), torch.inf)
-        rank = after.clone()
-        rank[..., 0] = -torch.inf
+        rank = F.pad(after[..., 1:], (1, 0), value=-torch.inf)
         keep = rank.topk(min(width, W * C), dim=-1, largest=False).indices  # (L, B, W)
         W, parent = keep.shape[-1], keep // C
-
-        def take(x, index):  # the kept ones of x (L, B, candidates or beams, ...)
-            shape = index.shape + x.shape[3:]
-            return x.gather(2, index.reshape(index.shape + (1,) * (x.dim() - 3)).expand(shape))
-
         q, step = take(q.flatten(2, 3), keep), take(step.flatten(2), keep)
         Q = torch.cat((take(Q, parent), q[..., None, :]), dim=-2)  # (L, B, W, k + 1, m)
         Qy = torch.cat((take(Qy, parent), step[..., None]), dim=-1)
@@ -184,9 +179,8 @@ def pursue_beam(D, Y, sparsity, width):
 def argmax_rows(x):
     """Index of the largest number of every row of x (L, B, N).
 
-    In two steps, the best block of 64 and the best in that block: on a CPU a plain maximum runs at
-    full vector width, argmax does not, and it would cost as much as the product that x comes from.
-    """
+    In two steps, the best block of 64 and the best in it: on a CPU a plain maximum runs at full
+    vector width, argmax does not, and it would cost as much as the product that x comes from."""
     if x.shape[-1] % 64 or x.numel() < 2**15:
         return x.argmax(dim=-1)
     blocks = x.unflatten(-1, (-1, 64))  # (L, B, N / 64, 64)
@@ -217,20 +211,21 @@ def solve(D, indices, Q, Qy, bits=0):
         Qy -= U[..., k] * level[..., k, None]
     return indices, level.long(), e.long()
 
+def in_one_table(indices, N):
+    """Indices (L, ...) of rows of L tables, N rows each, once these are one table of L N rows."""
+    offset = torch.arange(0, N * len(indices), N, dtype=indices.dtype, device=indices.device)
+    return indices + offset.view(-1, *[1] * (indices.dim() - 1))
+
 def gather_atoms(D, indices):
     """Atoms (L, ..., m) of the dictionaries D (L, N, m) at indices (L, ...)."""
-    L, N, m = D.shape
-    offset = torch.arange(0, L * N, N, device=D.device).view(L, *[1] * (indices.dim() - 1))
-    atoms = D.reshape(L * N, m).index_select(0, (indices + offset).flatten())
-    return atoms.view(*indices.shape, m)
+    return F.embedding(in_one_table(indices, D.shape[1]), D.flatten(0, 1))
 
 def reconstruct(D, indices, coefficients):
     """Vectors z D, (..., B, m), of codes (..., B, s) over D (N, m) or (L, N, m)."""
-    table = D.reshape(-1, D.shape[-1])  # (L N, m)
     if D.dim() == 3:
-        indices = indices + torch.arange(0, len(table), D.shape[1], device=D.device)[:, None, None]
-    out = F.embedding_bag(indices.flatten(0, -2), table, mode="sum",
-                          per_sample_weights=coefficients.flatten(0, -2).to(table.dtype))
+        indices, D = in_one_table(indices, D.shape[1]), D.flatten(0, 1)
+    out = F.embedding_bag(indices.flatten(0, -2), D, mode="sum",
+                          per_sample_weights=coefficients.flatten(0, -2).to(D.dtype))
     return out.view(*indices.shape[:-1], -1)
 
 def relative_error(D, Y, indices, coefficients):
@@ -241,11 +236,10 @@ def relative_error(D, Y, indices, coefficients):
 if __name__ == "__main__":
     D = F.normalize(torch.randn(1024, 64), dim=-1)
     Y = (torch.randn(500, 16, 1) * D[torch.randint(1024, (500, 16))]).sum(1)  # 16 atoms each
-    print(f"error and ms of 500 vectors, N = 1024, m = 64, on {D.device}")
+    print(f"500 vectors, N = 1024, m = 64, on {D.device}; a beam of width 1 is omp")
     for width in (1, 2, 4, 8):
-        line = f"beam {width}" if width > 1 else "omp   "
         for s in (4, 8, 16):
             start = time.perf_counter()
             error = relative_error(D, Y, *omp_beam(D, Y, s, width)).mean()
-            line += f"   s = {s}: {error:.3f} {1e3 * (time.perf_counter() - start):6.1f}"
-        print(line)
+            ms = 1e3 * (time.perf_counter() - start)
+            print(f"width {width}   s = {s:2d}   error {error:.3f}   {ms:6.1f} ms")

@@ -29,7 +29,7 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from kernels.parallel import exchange, gather, world
+from kernels.parallel import exchange, from_rank_0, gather, world
 from lexico import Dictionaries, WordCodes, join, shape_of, split
 from model import Config, InputError, Llama, NoCache, Tokenizer, door
 from omp import omp, omp_levels, reconstruct, relative_error
@@ -58,13 +58,12 @@ def vectors(model, rows, heads=1):
     return join(kv, heads).flatten(2, 4).flatten(0, 1).float()
 
 class Simulated(NoCache):
-    """A whole text in one pass, as decoding would see it through a lossy cache: a query finds the
-    newest tokens as they are, and older ones as compression left them. Each layer's input comes
-    from compressed layers below, so errors add up as they do in decoding.
+    """A whole text in one pass, as decoding sees it through a lossy cache: a query finds the newest
+    tokens as they are, older ones as compression left them. Errors of all layers add up.
 
     compress(layer, q, k, v), with q (B, H, G, T, m), k and v (B, H, 1, T, m), returns None (nothing
-    is lost here), or k and v as they come back and which tokens are kept at all, (..., T) or None.
-    A token is old once `buffer` newer ones have come; `group` tokens are compressed at a time, none
+    is lost), or k and v as they come back and which tokens are kept at all, (..., T) or None. A
+    token is old once `buffer` newer ones have come; `group` tokens are compressed at a time, none
     for queries before `start`, and never the first `sinks`."""
 
     def __init__(self, compress, buffer=32, sinks=0, group=1, start=0):
@@ -79,7 +78,7 @@ class Simulated(NoCache):
         (q, k, v), (k_lossy, v_lossy, kept) = by_head, lossy
         t = torch.arange(q.shape[3], device=q.device)
         leaves = (t // self.group + 1) * self.group - 1 + self.buffer  # when a token's group goes
-        old = (t[:, None] >= leaves) & (t[:, None] >= self.start) & (t >= self.sinks)  # (T, T)
+        old = (t[:, None] >= leaves.clamp(min=self.start)) & (t >= self.sinks)  # (T, T)
         unseen = t > t[:, None] if kept is None else (t > t[:, None]) | (old & ~kept)
         scores = torch.where(old, q @ k_lossy.mT, q @ k.mT) / q.shape[4]**0.5  # (B, H, G, T, T)
         p = scores.masked_fill(unseen, -torch.inf).softmax(-1)
@@ -87,25 +86,26 @@ class Simulated(NoCache):
 
 @torch.inference_mode()
 def divergence(model, atoms, scale, first, rows, sparsities):
-    """What each dictionary alone costs: mean KL(full || coded) of the next token, in nats, over
-    rows (R, T) when one dictionary codes (in words) and nothing else does: (n, sparsities), for
-    atoms (n, N, M) and scale (n,), the dictionaries from number `first` on."""
+    """What each dictionary alone costs, (n, sparsities): mean KL(full || coded) of the next token,
+    in nats, over rows (R, T), when it codes (in words) and nothing else does. atoms (n, N, M) and
+    scale (n,) are the model's dictionaries from number `first` on."""
+    bits, config = max(3, WordCodes.level_bits(atoms.shape[1])), model.config
     full = model(rows).float().log_softmax(dim=-1)  # (R, T, vocabulary)
-    bits, heads = max(3, WordCodes.level_bits(atoms.shape[1])), atoms.shape[2] // model.config.head_dim
 
-    def harm(D, unit, kind, layer, s):
-        def compress(at, q, *kv):
-            if at != layer:
+    def cost(i, s):
+        kind, changed = divmod(first + i, config.n_layers)
+        def compress(layer, q, *kv):
+            if layer != changed:
                 return None
-            x = join(kv[kind][:, :, 0], heads)  # (B, H / heads, T, M)
-            indices, level, e = omp_levels(D, x.flatten(0, 2) / unit, s, bits)
-            coded = reconstruct(D, indices, unit * level * torch.exp2(e / 16 - 8)).view_as(x)
-            return (*kv[:kind], split(coded, heads)[:, :, None].to(q.dtype), *kv[kind + 1:], None)
+            x = join(kv[kind][:, :, 0], atoms.shape[2] // config.head_dim)  # (R, H / heads, T, M)
+            indices, level, e = omp_levels(atoms[i], x.flatten(0, 2) / scale[i], s, bits)
+            z = scale[i] * level * torch.exp2(e / 16 - 8)
+            x = split(reconstruct(atoms[i], indices, z).view_as(x), x.shape[3] // config.head_dim)
+            return *kv[:kind], x[:, :, None].to(q.dtype), *kv[kind + 1:], None  # kept: all tokens
         log_p = model(rows, Simulated(compress, sinks=SINKS)).float().log_softmax(dim=-1)
         return F.kl_div(log_p, full, log_target=True, reduction="sum") / rows.numel()
 
-    return torch.tensor([[harm(D, unit, *divmod(i, model.config.n_layers), s) for s in sparsities]
-                         for i, (D, unit) in enumerate(zip(atoms, scale), first)], device=rows.device)
+    return torch.tensor([[cost(i, s) for s in sparsities] for i in range(len(atoms))]).to(full)
 
 # ---- Text ----------------------------------------------------------------------------------------
 
@@ -116,8 +116,8 @@ class Text:
         self.tokenizer, self.row_length, self.seed = tokenizer, row_length, seed
         files = [read_text(Path(path).expanduser()) for path in paths]
         if sum(map(len, files)) < 100 * row_length:
-            raise InputError(f"{', '.join(map(str, paths))}: too little text to learn from; give at "
-                             f"least {ceil(row_length / 10)} kB")
+            raise InputError(f"{', '.join(map(str, paths))}: too little text to learn from; give "
+                             f"{ceil(row_length / 10)} kB or more")
         cuts = [int(len(data) * (1 - HELD_OUT)) for data in files]
         self.learned = b"".join(data[:cut] for data, cut in zip(files, cuts))
         self.held_out = b"".join(data[cut:] for data, cut in zip(files, cuts))
@@ -138,30 +138,30 @@ class Text:
 
 def read_text(path):
     """The bytes of a UTF-8 file, or of the "text" fields of a .jsonl or .parquet file."""
-    with door(f"text '{path}' cannot be read", "give UTF-8 text, or .jsonl or (with pyarrow) "
-              ".parquet whose every row has a \"text\""):
+    with door(f"text '{path}' cannot be read",
+              'give UTF-8 text, or a "text" in every row of .jsonl or (with pyarrow) .parquet'):
         if path.suffix == ".parquet":
             import pyarrow.parquet
-            return "".join(pyarrow.parquet.read_table(path)["text"].to_pylist()).encode()
-        text = path.read_text(encoding="utf-8")
+            rows = pyarrow.parquet.read_table(path)["text"].to_pylist()
+            return plain_text("".join(rows)).encode()
+        text = path.read_text(encoding="utf-8-sig")
         if path.suffix == ".jsonl":
             text = "\n\n".join(json.loads(row)["text"] for row in text.split("\n") if row.strip())
         return plain_text(text).encode()
 
 def wikitext():
     """Paths of WikiText-103's training text, the paper's choice, fetched from the Hub."""
-    from huggingface_hub import hf_hub_download
     with door("without --text, WikiText-103 comes from the Hub", "give --text FILE"):
-        return [hf_hub_download("Salesforce/wikitext", repo_type="dataset", filename=(
-            f"wikitext-103-raw-v1/train-0000{i}-of-00002.parquet")) for i in range(2)]
+        from huggingface_hub import hf_hub_download
+        names = [f"wikitext-103-raw-v1/train-0000{i}-of-00002.parquet" for i in range(2)]
+        return [hf_hub_download("Salesforce/wikitext", name, repo_type="dataset") for name in names]
 
 # ---- Learning ------------------------------------------------------------------------------------
 
 class Learner:
-    """Dictionaries D (M, N, m), M = 2 L, and all that is known to make them better.
-
-    A (M, N, N) and B (M, N, m) are the sums Z^T Z and Z^T X, `used` (M, N) counts each atom's uses,
-    `largest` (M,) is the largest coefficient met. All are plain tensors: a checkpoint is a copy."""
+    """Dictionaries D (M, N, m), M = 2 L, and all that is known to make them better: the sums
+    A = Z^T Z (M, N, N) and B = Z^T X (M, N, m), each atom's uses, `used` (M, N), and the largest
+    coefficient met, `largest` (M,). All are plain tensors: a checkpoint is a copy."""
 
     def __init__(self, D, sparsity, fade):
         M, N, m = D.shape
@@ -174,22 +174,20 @@ class Learner:
         """Learn from vectors X (M, V, m): how many atoms of each dictionary were replaced (M,)."""
         D, *sums, largest = self.state.values()
         indices, Z = omp(D, X, self.sparsity)  # (M, V, s)
-        largest.copy_(torch.maximum(largest, Z.abs().amax(dim=(1, 2))))
+        largest.copy_(largest.maximum(Z.abs().amax(dim=(1, 2))))
         residual = (X - reconstruct(D, indices, Z)).norm(dim=-1)  # (M, V)
         # One dictionary at a time, for what is (N, N) or (V, s, m) is large.
-        return torch.tensor([self._update(*own) for own in
-                             zip(D, *sums, X, indices, Z, residual)], device=X.device)
+        replaced = map(self._update, D, *sums, X, indices, Z, residual)
+        return torch.tensor([*replaced], device=X.device)
 
     def _update(self, D, A, B, used, X, indices, Z, residual):
         """Make one dictionary better, in place: how many atoms were replaced."""
-        N = len(D)
         # The sums. Z stays sparse: a vector adds s^2 numbers to A, and s rows to B.
-        pairs = indices[:, :, None] * N + indices[:, None]  # (V, s, s), positions in A
-        A.mul_(self.fade).view(-1).index_add_(
-            0, pairs.flatten(), (Z[:, :, None] * Z[:, None]).flatten())
-        B.mul_(self.fade).index_add_(
-            0, indices.flatten(), (Z[..., None] * X[:, None]).flatten(0, 1))
-        used.mul_(self.fade).add_(indices.flatten().bincount(minlength=N))
+        N, rows = len(D), indices.flatten()
+        pairs = (indices[:, :, None] * N + indices[:, None]).flatten()  # (V s s,), positions in A
+        A.mul_(self.fade).view(-1).index_add_(0, pairs, (Z[:, :, None] * Z[:, None]).flatten())
+        B.mul_(self.fade).index_add_(0, rows, (Z[..., None] * X[:, None]).flatten(0, 1))
+        used.mul_(self.fade).add_(rows.bincount(minlength=N))
         # The closed form, with a little weight on the atoms as they are: it holds those in place
         # that too few vectors have used yet, and keeps A invertible.
         hold = 0.01 * A.diagonal().mean()
@@ -210,69 +208,68 @@ class Learner:
 def learn(args, model, tokenizer):
     """Learn as args say: Dictionaries, with their errors and divergences.
 
-    Ranks share the work twice: each runs the model over its rows of a batch, and then, once all
-    vectors have gone where they belong, learns its dictionaries from the vectors of all rows. A
-    dictionary is learned in one place, so that any number of ranks gives the same."""
-    rank, ranks, total, device = args.rank, args.ranks, 2 * model.config.n_layers, args.device
-    count = ceil(args.batch / min(model.config.context, 1024))  # rows of a batch
-    row_length = args.batch // count
-    text, mine = Text(args.text, tokenizer, row_length, args.seed), total // ranks
+    Ranks share the work twice: each runs the model over its rows of a batch, vectors go where they
+    belong, and each learns its dictionaries from the vectors of all rows: any number of ranks gives
+    the same."""
+    config, device, rank, ranks = model.config, args.device, args.rank, args.ranks
+    count, total = ceil(args.batch / min(config.context, 1024)), 2 * config.n_layers
+    text = Text(args.text, tokenizer, args.batch // count, args.seed)
+    tokens = count * text.row_length  # of a batch, in `count` rows
+    steps = max(1, round(args.tokens / tokens))
     if count % ranks or total % ranks:
-        raise InputError(f"{ranks} processes cannot share {count} rows of {row_length} tokens and "
-                         f"{total} dictionaries evenly; change --batch or --nproc-per-node")
-    mine = slice(mine * rank, mine * (rank + 1))
+        raise InputError(f"{ranks} processes cannot share {count} rows and {total} dictionaries "
+                         "evenly; change --batch or --nproc-per-node")
+    mine = slice(total * rank // ranks, total * (rank + 1) // ranks)  # dictionaries of this rank
 
     def batch(number, held_out=False):
         rows = text.rows(count, number, held_out).chunk(ranks)[rank]
-        tokenizer.check(rows.flatten().tolist(), model.config)
+        tokenizer.check(rows.flatten().tolist(), config)
         X = exchange(vectors(model, rows.to(device), args.heads))
         if not X.isfinite().all():
-            raise InputError(f"model '{args.model}' gives keys or values that are no finite numbers")
+            raise InputError(f"model '{args.model}' gives keys or values that are no finite numbers"
+                             "; use other weights")
         return X
 
-    def clock():  # one for all, for it decides what they do together
-        return gather(torch.tensor([time.time()], dtype=torch.float64))[0].item()
-
-    steps, held_out = max(1, round(args.tokens / (count * row_length))), batch(0, held_out=True)
     if args.fine_tune:
-        d = Dictionaries.load(args.fine_tune, device).check(model.config)
+        d = Dictionaries.load(args.fine_tune, device).check(config)
         D, args.heads = d.atoms.flatten(0, 1)[mine], d.heads
     else:  # atoms start as vectors of the text
-        X = torch.cat([batch(i) for i in range(ceil(args.atoms / held_out.shape[1]))], dim=1)
+        batches = ceil(args.atoms * args.heads / (tokens * config.kv_heads))
+        X = torch.cat([batch(i) for i in range(batches)], dim=1)
         D = F.normalize(X[:, torch.randperm(X.shape[1])[:args.atoms].to(device)], dim=-1)
-    learner, done, settings = Learner(D, args.sparsity, args.fade), 0, {
-        "text": text.digest, **{name: getattr(args, name) for name in SETTINGS}}
+    learner, held_out, done = Learner(D, args.sparsity, args.fade), batch(0, held_out=True), 0
+    settings = {"text": text.digest, **{name: getattr(args, name) for name in (
+        "model", "heads", "atoms", "sparsity", "tokens", "batch", "fade", "fine_tune", "seed")}}
     if args.resume:
         done = load_checkpoint(args.checkpoint, settings, steps, learner.state, mine)
-    began = saved = shown = clock()
+    began = saved = shown = from_rank_0(time.time)  # one clock, for it decides what all do together
     for step in tqdm(range(done + 1, steps + 1), initial=done, total=steps, disable=rank > 0):
-        replaced, now = learner.step(batch(step)), clock()
+        replaced, now = learner.step(batch(step)), from_rank_0(time.time)
         # A run that has lasted leaves a last checkpoint, too, in case its result cannot be written.
         if now - saved > args.checkpoint_seconds or (step == steps and saved > began):
-            state = {name: gather(tensor) for name, tensor in learner.state.items()}
+            state, saved = {name: gather(x) for name, x in learner.state.items()}, now
             if rank == 0:
                 save_checkpoint(args.checkpoint, (step, settings, state))
-            saved = now
         if now - shown > 5 or step in (done + 1, steps):
             shown, errors = now, gather(learner.errors(held_out)).view(2, -1).mean(dim=1).tolist()
             tqdm.write(f"{step}/{steps}  held-out error keys {errors[0]:.3f} values {errors[1]:.3f}"
                        f"  {gather(replaced).sum()} atoms replaced")
-    # How much each dictionary matters, on text that was learned from.
+    # Stored coefficients get head room: the largest one met becomes 64 of FP8's 448.
     D, scale = learner.state["D"], (learner.state["largest"] / 64).clamp(min=1e-8)
+    # How much each dictionary matters, on text that was learned from.
     sparsities = [ceil(D.shape[2] * i / 64) for i in (3, 10, 24)]
     rows = text.rows(8 if device.type == "cuda" else 2, 1)[:, :512].to(device)
-    harm = divergence(model, D, scale, mine.start, rows, sparsities)
-    D, scale, harm, errors = (gather(x).unflatten(0, (2, -1)) for x in
-                              (D, scale, harm, learner.errors(held_out)))
-    # Stored coefficients get head room: the largest one met becomes 64 of FP8's 448.
+    kl = divergence(model, D, scale, mine.start, rows, sparsities)
+    results = D, scale, kl, learner.errors(held_out)
+    D, scale, kl, errors = (gather(x).unflatten(0, (2, -1)) for x in results)
+    key_errors, value_errors = errors.tolist()
     return Dictionaries(
-        D, scale, shape_of(model.config), model=str(args.model),
-        sparsity=args.sparsity, text=[Path(path).name for path in args.text],
-        tokens=steps * count * row_length, key_errors=errors[0].tolist(),
-        value_errors=errors[1].tolist(), divergence={"sparsity": sparsities, "kl": harm.tolist()})
+        D, scale, shape_of(config), model=str(args.model), sparsity=args.sparsity,
+        text=[Path(path).name for path in args.text], tokens=steps * tokens, key_errors=key_errors,
+        value_errors=value_errors, divergence={"sparsity": sparsities, "kl": kl.tolist()})
 
 def save_checkpoint(path, content):
-    """Write a checkpoint, whole or not at all. A disk that is full is no reason to stop learning."""
+    """Write a checkpoint, whole or not at all. A full disk is no reason to stop learning."""
     part = Path(f"{path}.part")
     try:
         torch.save(content, part)
@@ -282,15 +279,13 @@ def save_checkpoint(path, content):
         print(f"warning: no checkpoint {path} ({error}); learning goes on", file=sys.stderr)
 
 def load_checkpoint(path, settings, steps, state, mine):
-    """Fill `state` with its rows `mine` of a checkpoint, and return the step that it was made in.
-    Raises InputError if there is none, or of another run."""
+    """Fill `state` with its rows `mine` of a checkpoint, and return the step after which it was
+    made. Raises InputError if there is none, or of another run."""
     with door(f"--resume: {path} is absent, damaged or of another shape", "start without --resume"):
         step, made_with, saved = torch.load(path, map_location="cpu", mmap=True)
-        differing = [f"--{name} {value}" for name, value in made_with.items()
-                     if value != settings.get(name)]
-        if differing:
-            raise InputError(f"--resume: {path} was made with {', '.join(differing)}; repeat that, "
-                             "or delete it and start anew")
+        other = ["--%s %s" % option for option in sorted(made_with.items() - settings.items())]
+        if other:
+            raise InputError(f"{path} was made with {', '.join(other)}; repeat that, or delete it")
         if type(step) is not int or not 0 < step <= steps:
             raise ValueError(f"step {step} of {steps}")
         for name, tensor in state.items():
@@ -306,8 +301,9 @@ class Parser(argparse.ArgumentParser):
     def refuse(self, option, *others):
         """Refuse options that would be ignored beside this one."""
         given = {argument.partition("=")[0] for argument in sys.argv[1:]}
-        if option in given and given & set(others):
-            self.error(f"{option} and {', '.join(sorted(given & set(others)))} do not go together")
+        for other in others:
+            if {option, other} <= given:
+                self.error(f"{option} and {other} do not go together")
 
 def between(kind, least, most):
     """A type for an argument: a number within least .. most."""
@@ -322,7 +318,7 @@ def plain_text(text):
     return text.removeprefix("\ufeff").replace("\r\n", "\n").replace("\r", "\n")
 
 @contextmanager
-def output_file(path):
+def output_file(path, way_out="name a file where there is room"):
     """A function that writes a file, whose place is taken before the work that makes its content.
 
     A temporary file beside it takes its name once all is written, and goes if nothing comes. A link
@@ -330,15 +326,17 @@ def output_file(path):
     ordinary = os.path.isfile(path) or not os.path.exists(path)
     path = Path(os.path.realpath(path) if ordinary else path)
     part = Path(f"{path}.{os.getpid()}.part") if ordinary else path
-    with door(f"{path} cannot be written", "name a file in a folder that exists"):
-        if ordinary or path.is_dir():  # which fails
-            part.open("ab").close()
+    checked = lambda: door(f"{path} cannot be written", way_out)
 
     def write(data):
-        part.write_bytes(data)
-        if ordinary:
-            os.replace(part, path)
+        with checked():
+            part.write_bytes(data)
+            if ordinary:
+                os.replace(part, path)
 
+    with checked():
+        if ordinary or path.is_dir():  # which fails
+            part.open("ab").close()
     try:
         yield write
     finally:
@@ -357,34 +355,32 @@ def run_program(main):
     except BrokenPipeError:  # whoever read our output has left
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(141)
-    except (InputError, MemoryError, RuntimeError) as error:
+    except InputError as error:
+        message = error
+    except (MemoryError, RuntimeError) as error:
         if isinstance(error, RuntimeError) and "allocate" not in str(error):  # as torch says it
             raise
-        if os.environ.get("LOCAL_RANK", "0") != "0":
-            time.sleep(10)  # rank 0 says it; then torchrun ends the others
-        else:
-            print("error:", error if isinstance(error, InputError) else "out of memory; ask for a "
-                  "shorter prompt, a smaller batch or buffer, or fewer tokens at a time",
-                  file=sys.stderr)
-        sys.exit(2)
+        message = "out of memory; ask for a shorter prompt, fewer tokens, a smaller batch or buffer"
+    if os.environ.get("LOCAL_RANK", "0") == "0":
+        print("error:", message, file=sys.stderr)
+    else:
+        time.sleep(10)  # rank 0 says it; then torchrun ends the others
+    sys.exit(2)
 
 # ---- The command ---------------------------------------------------------------------------------
-
-SETTINGS = "model", "heads", "atoms", "sparsity", "tokens", "batch", "fade", "fine_tune", "seed"  # of a run
 
 def parse_arguments():
     parser = Parser(description=__doc__.partition("\n")[0], allow_abbrev=False)
     add, number = parser.add_argument, between
-    add("--text", nargs="+", metavar="FILE", help="text, .jsonl or .parquet files; default: "
-        "WikiText-103 from the Hub")
+    add("--text", nargs="+", metavar="FILE", help="text, .jsonl, .parquet; default: WikiText-103")
     add("--model", default="tiny", help='a folder, a Hub id, or "tiny" (default)')
-    add("--heads", type=number(int, 1, 2**12), default=1, help="KV heads of a layer that make one "
-        "vector (1, as published; more at equal bytes lose less where memory is short)")
+    add("--heads", type=number(int, 1, 2**12), default=1, help="KV heads that one vector spans (1, "
+        "as published; more at equal bytes lose less where memory is short)")
     add("--atoms", type=number(int, 1, 2**15), default=1024, help="atoms of a dictionary (1024)")
     add("--sparsity", type=number(int, 1, 2**12), default=8, help="coefficients a vector (8)")
     add("--tokens", type=number(int, 1, inf), default=100_000, help="to learn from (100000)")
     add("--batch", type=number(int, 16, 2**24), default=2048, help="tokens of a step (2048)")
-    add("--fade", type=number(float, 0, 1), default=0.9, help="what a step leaves of old sums")
+    add("--fade", type=number(float, 0, 1), default=0.9, help="what a step keeps of sums (0.9)")
     add("--out", type=Path, metavar="FILE", help="default: MODEL.dictionary.safetensors")
     add("--force", action="store_true", help="replace --out if it is there")
     add("--fine-tune", metavar="FILE", help="start from these dictionaries, with their atoms")
@@ -403,9 +399,8 @@ def parse_arguments():
     config = Config.from_pretrained(args.model)
     M = args.heads * config.head_dim
     if config.kv_heads % args.heads or not args.sparsity <= M <= args.atoms:
-        parser.error(f"--heads {args.heads}, --sparsity {args.sparsity} and --atoms {args.atoms} do not"
-                     f" fit: heads divide {config.kv_heads}, and for {M} numbers a vector sparsity is "
-                     "at most that, atoms at least")
+        parser.error(f"--heads {args.heads} does not divide {config.kv_heads}, or --sparsity "
+                     f"{args.sparsity} <= {M} (a vector's length) <= --atoms {args.atoms} fails")
     args.device, args.rank, args.ranks = world(args.device)
     return args
 
@@ -413,13 +408,12 @@ def main():
     args, began = parse_arguments(), time.time()
     args.text = args.text or wikitext()
     torch.manual_seed(args.seed)
-    with output_file(args.out if args.rank == 0 else os.devnull) as write:
+    way_out = f"name a file where there is room, and --resume if {args.checkpoint} is there"
+    with output_file(args.out if args.rank == 0 else os.devnull, way_out) as write:
         dtype = torch.float32 if args.device.type == "cpu" else None
         model = Llama.from_pretrained(args.model, args.device, dtype)
         learned = learn(args, model, Tokenizer.from_pretrained(args.model))
-        with door(f"--out {args.out} cannot be written", f"if {args.checkpoint} is there, it keeps "
-                  "what was learned: make room, then --resume"):
-            write(learned.serialise())
+        write(learned.serialise())
     if args.rank == 0:
         args.checkpoint.unlink(missing_ok=True)
     print("\nrelative error on held-out text\n| layer | keys | values |\n|---|---|---|")

@@ -1,22 +1,16 @@
 // Attention of one new token over codes, with look-ups in shared memory, which Triton cannot do.
 //
 // A token has a code for each KV head, or for several together; R rows of q belong to it. A block
-// (1024 threads; grid: chunks x codes of a token) takes a chunk of tokens, if it has any:
-//   1. Products: copy <q, atom> of N atoms and R rows, padded to RP = 2^n, into shared memory.
-//   2. Scores: the s look-ups of a token's code give R scores, which stay in shared memory.
-//   3. Weights: 2^(score - largest score) take their place, and are summed up.
-//   4. Values: zeros take the products' place. Every token adds weight x coefficient to its atoms.
-//   5. That table leaves, and each row's largest score and sum: `combine` joins the chunks.
-// Step 4 adds integers. Shared memory adds them by itself, and unlike a sum of floats, theirs does
-// not depend on the order. In units of the chunk's sum of weights and of its largest step size, no
-// entry passes LARGEST, the largest coefficient in steps. The integer for that is 2^30.
-// What takes time is that the 32 threads of a warp ask for 32 random atoms, and those that ask the
-// same bank of the memory wait for each other. So products are in half precision, and so in step 4
-// PER_TOKEN = 2 threads share a token, PER_THREAD rows each: a warp asks for half as many atoms.
+// (1024 threads; grid: chunks x codes of a token) takes a chunk of tokens, if it has any. It keeps
+// the products <q, atom> of N atoms and R rows (padded to RP = 2^n) in shared memory, and later the
+// values' table in their place. What takes time is that the 32 threads of a warp ask for 32 random
+// atoms, and those that ask the same bank of the memory wait for each other. So products are in
+// half precision, and so PER_TOKEN threads share a token in step 4, PER_THREAD rows each: a warp
+// asks for fewer atoms.
 
 typedef unsigned char u8;
 typedef unsigned short u16;
-constexpr int PER_TOKEN = RP < 2 ? 1 : 2, PER_THREAD = RP / PER_TOKEN;
+constexpr int PER_TOKEN = RP < 2 ? 1 : RP < 8 ? 2 : 4, PER_THREAD = RP / PER_TOKEN;
 __device__ float to_float(u16 half) {
   float x;
   asm("cvt.f32.f16 %0, %1;" : "=f"(x) : "h"(half));
@@ -27,6 +21,7 @@ __device__ u16 to_half(float x) {
   asm("cvt.rn.f16.f32 %0, %1;" : "=h"(half) : "f"(x));
   return half;
 }
+__device__ float step_size(u8 byte) { return BITS ? exp2f(byte / 16.0f - 8) : 1; }
 __device__ constexpr int alignment(int bytes) { return bytes % 16 ? bytes & -bytes : 16; }
 // COUNT numbers, aligned so that a thread reads them in pieces of up to 16 bytes.
 template <class T, int COUNT> struct __align__(alignment(sizeof(T) * COUNT)) Array { T at[COUNT]; };
@@ -39,6 +34,7 @@ template <int S> struct Code {
   Words<S> words;
   Bytes<S> bytes;
   __device__ int atom(int j) { return words.at[j] >> BITS; }
+  __device__ float step() { return step_size(bytes.at[0]); }
   // In steps, without a conversion: a level's bits are the last ones of the float 2^23 + LARGEST +
   // level, and E4M3's, moved to where a float has such bits, make one that is 2^120 too small.
   __device__ float coefficient(int j) {
@@ -47,96 +43,120 @@ template <int S> struct Code {
                 : __int_as_float(e4m3 & 0x87f00000) * 1.329227995784916e36f;
   }
 };
-__device__ float step_size(u8 byte) { return BITS ? exp2f(byte / 16.0f - 8) : 1; }
 
 extern "C" __global__ void __launch_bounds__(1024) attend_codes_chunk(
-    const uint4* products,                                 // (codes, N, RP), in half precision
+    const unsigned* products,                              // (codes, R, N), in half precision
     const Words<S_K>* k_words, const Bytes<S_K>* k_bytes,  // (codes, capacity)
     const Words<S_V>* v_words, const Bytes<S_V>* v_bytes, const long long* compressed, int capacity,
     float2* stats, unsigned* tables) {                     // (codes, R, CHUNKS) and the same x N
   extern __shared__ uint4 shared[];
-  __shared__ int tops[RP], largest_byte;                   // of the chunk
-  __shared__ unsigned totals[RP];
-  Array<u16, RP>* product_table = (Array<u16, RP>*)shared;               // (N,), in steps 1 and 2
+  Array<u16, RP>* product_table = (Array<u16, RP>*)shared;           // (N,), in steps 1 and 2
   int* value_table = (int*)shared;                         // (PER_THREAD, N, PER_TOKEN), in 3 to 5
-  Array<float, RP>* scores = (Array<float, RP>*)(value_table + RP * N);  // (count,), behind both
+  Array<u16, RP>* scores = (Array<u16, RP>*)(value_table + RP * N);  // (tokens,), behind both
+  __shared__ float reference[RP];
+  __shared__ int tops[RP], largest_byte;
+  __shared__ unsigned totals[RP];
   int n = *compressed, size = max((n + CHUNKS - 1) / CHUNKS, SHORTEST), begin = blockIdx.x * size;
   int code = blockIdx.y, last = min(size, n - begin) - 1, thread = threadIdx.x;
   if (last < 0) return;
   size_t first_token = (size_t)code * capacity + begin;
   k_words += first_token, k_bytes += first_token, v_words += first_token, v_bytes += first_token;
-  if (thread < RP) tops[thread] = -(1 << 30), totals[thread] = largest_byte = 0;
-  // 1. Products. Here as below, codes are loaded well before their use.
+  stats += code * R * (CHUNKS + 1);                        // a row's first entry: the dense tokens
+  if (thread < R) {
+    reference[thread] = fmaxf(stats[thread * (CHUNKS + 1)].x, -99);
+    tops[thread] = -1000000000, totals[thread] = largest_byte = 0;
+  }
+  // 1. Products, two atoms at a time. Here as below, codes are loaded well before their use.
   Code<S_K> next_key = {k_words[min(thread, last)], k_bytes[min(thread, last)]};
-  for (int i = thread; i < N * RP / 8; i += 1024)
-    shared[i] = products[(size_t)code * (N * RP / 8) + i];
+  #pragma unroll 2
+  for (int i = thread; i < N / 2; i += 1024) {
+    Array<u16, 2 * RP> pair;
+    for (int r = 0; r < R; r++) {
+      unsigned x = products[(code * R + r) * (N / 2) + i];
+      pair.at[r] = x;
+      pair.at[RP + r] = x >> 16;
+    }
+    ((Array<u16, 2 * RP>*)product_table)[i] = pair;
+  }
   __syncthreads();
-  // 2. Scores.
-  int top[RP];                                             // scores rounded up: no need to be exact
-  for (int r = 0; r < RP; r++) top[r] = -(1 << 30);
+  // 2. Scores: s look-ups give a token's R scores. They are kept less the largest of a dense token:
+  // near it, where weights are large, half precision is exact enough.
+  float top[RP];
+  for (int r = 0; r < RP; r++) top[r] = -1e9f;
   for (int t = thread; t <= last; t += 1024) {
     Code<S_K> key = next_key;
     next_key = {k_words[min(t + 1024, last)], k_bytes[min(t + 1024, last)]};
-    float step = step_size(k_bytes[t].at[0]);
-    Array<float, RP> score = {};
+    float score[RP] = {};
     for (int j = 0; j < S_K; j++) {
       Array<u16, RP> x = product_table[key.atom(j)];
-      for (int r = 0; r < R; r++) score.at[r] += key.coefficient(j) * to_float(x.at[r]);
+      for (int r = 0; r < R; r++) score[r] += key.coefficient(j) * to_float(x.at[r]);
     }
-    for (int r = 0; r < R; r++) top[r] = max(top[r], __float2int_ru(score.at[r] *= step));
-    scores[t] = score;
+    for (int r = 0; r < R; r++) {
+      score[r] = score[r] * key.step() - reference[r];
+      top[r] = fmaxf(top[r], score[r]);
+      scores[t].at[r] = to_half(score[r]);
+    }
   }
   int side = thread % PER_TOKEN, first = thread / PER_TOKEN, stride = 1024 / PER_TOKEN;
   Code<S_V> next_value = {v_words[min(first, last)], v_bytes[min(first, last)]};
   for (int r = 0; r < R; r++) {
-    top[r] = __reduce_max_sync(~0u, top[r]);               // of a warp
-    if (thread % 32 == 0) atomicMax(&tops[r], top[r]);
+    int of_warp = __reduce_max_sync(~0u, __float2int_ru(top[r]));  // it need not be exact
+    if (thread % 32 == 0) atomicMax(&tops[r], of_warp);
   }
   __syncthreads();
-  // 3. Weights, each times the step size of its token's value, and their sums in 2^31 / size.
+  // 3. Weights: 2^(score - top) take the scores' place, and are summed up in units of size / 2^31;
+  // zeros take the products' place.
   for (int i = thread; i < N * RP / 4; i += 1024) shared[i] = make_uint4(0, 0, 0, 0);
-  float total[RP] = {}, unit = 2147483648.0f / size;
+  float total[RP] = {}, unit = size / 2147483648.0f;
   int byte = 0;
   for (int t = thread; t <= last; t += 1024) {
-    byte = max(byte, v_bytes[t].at[0]);
-    Array<float, RP> x = scores[t];
+    if (BITS) byte = max(byte, v_bytes[t].at[0]);
+    Array<u16, RP> x = scores[t];
     for (int r = 0; r < R; r++) {
-      total[r] += x.at[r] = exp2f(x.at[r] - tops[r]);
-      x.at[r] *= step_size(v_bytes[t].at[0]);
+      float weight = exp2f(to_float(x.at[r]) - tops[r]);
+      total[r] += weight;
+      x.at[r] = to_half(weight);
     }
     scores[t] = x;
   }
   for (int r = 0; r < R; r++) {
-    unsigned sum = __reduce_add_sync(~0u, (unsigned)(total[r] * unit));
-    if (thread % 32 == 0) atomicAdd(&totals[r], sum);
+    unsigned of_warp = __reduce_add_sync(~0u, (unsigned)(total[r] / unit));
+    if (thread % 32 == 0) atomicAdd(&totals[r], of_warp);
   }
   byte = __reduce_max_sync(~0u, byte);
   if (thread % 32 == 0) atomicMax(&largest_byte, byte);
   __syncthreads();
-  // 4. Values. This thread adds for the rows from side * PER_THREAD on.
+  // 4. Values: every token adds weight x coefficient to its atoms, this thread for the rows from
+  // side * PER_THREAD on. It adds integers: shared memory does that by itself, and unlike a sum of
+  // floats, theirs does not depend on the order. No entry passes total weight x largest step size x
+  // LARGEST, the largest coefficient in steps. The integer for that is 2^30.
   float largest = LARGEST * step_size(largest_byte), to_integer[PER_THREAD];
   for (int k = 0; k < PER_THREAD; k++)
-    to_integer[k] = (1 << 30) / largest * unit / totals[side * PER_THREAD + k];
+    to_integer[k] = (1 << 30) / (largest * unit * totals[side * PER_THREAD + k]);
   for (int t = first; t <= last; t += stride) {
     Code<S_V> value = next_value;
     next_value = {v_words[min(t + stride, last)], v_bytes[min(t + stride, last)]};
-    Array<float, PER_THREAD> weight = ((Array<float, PER_THREAD>*)scores)[t * PER_TOKEN + side];
-    for (int k = 0; k < PER_THREAD; k++) weight.at[k] *= to_integer[k];
+    float weight[PER_THREAD];
+    for (int k = 0; k < PER_THREAD; k++)
+      weight[k] = to_float(scores[t].at[side * PER_THREAD + k]) * value.step() * to_integer[k];
     for (int j = 0; j < S_V; j++)
       for (int k = 0; k < PER_THREAD; k++)
         if (side * PER_THREAD + k < R)
           atomicAdd(&value_table[(k * N + value.atom(j)) * PER_TOKEN + side],
-                    __float2int_rn(weight.at[k] * value.coefficient(j)));
+                    __float2int_rn(weight[k] * value.coefficient(j)));
   }
   __syncthreads();
   // 5. The table leaves two atoms at a time, as a mean over the chunk's weights, in half precision.
-  size_t out = (size_t)code * R * CHUNKS + blockIdx.x;     // where row 0 has this chunk's
-  if (thread < R) stats[out + thread * CHUNKS] = make_float2(tops[thread], totals[thread] / unit);
+  // `combine` joins the chunks.
+  if (thread < R)
+    stats[thread * (CHUNKS + 1) + 1 + blockIdx.x] =
+        make_float2(tops[thread] + reference[thread], totals[thread] * unit);
+  tables += ((size_t)code * R * CHUNKS + blockIdx.x) * (N / 2);
   for (int k = 0; k < PER_THREAD; k++)
     for (int i = thread; i < N / 2; i += 1024) {
       Array<int, 2 * PER_TOKEN> pair = ((Array<int, 2 * PER_TOKEN>*)value_table)[k * (N / 2) + i];
       for (int r = k, l = 0; r < R; r += PER_THREAD, l++)
-        tables[(out + r * CHUNKS) * (N / 2) + i] = to_half(pair.at[l] * (largest / (1 << 30))) |
+        tables[r * CHUNKS * (N / 2) + i] = to_half(pair.at[l] * (largest / (1 << 30))) |
             (to_half(pair.at[PER_TOKEN + l] * (largest / (1 << 30))) << 16);
     }
 }

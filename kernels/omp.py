@@ -1,7 +1,7 @@
 """Orthogonal matching pursuit in one launch.
 
-A step multiplies all atoms with all residuals, then does a little algebra on the atoms that won. In
-torch the products go to memory and back, to end as an index each. Here they stay in registers:
+In torch the products of all atoms with all residuals go to memory and back, to end as an index
+each. Here they stay in registers:
 
 - A program keeps the residuals of ROWS vectors in shared memory, as bf16 for the tensor cores, and
   streams the dictionary past them, a tile of ATOMS atoms at a time, from the L2 cache.
@@ -9,8 +9,8 @@ torch the products go to memory and back, to end as an index each. Here they sta
   tiles. The lowest bits of that float are not its own: they are the number of the tile.
 - Only the choice of an atom sees bf16, which may swap two that are nearly as good. The refit is in
   float32, and the next step chooses for what is really left.
-- Few vectors (one decoded token) would leave most of the GPU idle. So SPLIT programs, all running
-  at once, sweep a part of the dictionary each, and agree on the best atom by an atomic maximum."""
+- Few vectors would leave most of the GPU idle. So SPLIT programs, all running at once, sweep a part
+  of the dictionary each, and agree on the best atom by an atomic maximum."""
 
 import torch
 import torch.nn.functional as F
@@ -24,8 +24,7 @@ def substitute(z, triangle, r, j, step, ROWS: tl.constexpr, S: tl.constexpr,
                S_PADDED: tl.constexpr, LIMIT: tl.constexpr):
     """Solve U c = z (ROWS, S_PADDED) from the last coefficient back; with LIMIT in steps, rounded:
     adding 1.5 * 2^23 leaves a float no room for a fraction."""
-    for i in range(S):
-        k = S - 1 - i
+    for k in range(S - 1, -1, -1):
         U = tl.load(triangle + (k * ROWS + r) * S_PADDED + j, mask=j <= k, other=0.0)
         c = tl.sum(tl.where(j == k, z * U, 0), axis=1)[:, None]  # 1 / U[k, k] is stored there
         if LIMIT > 0:
@@ -122,11 +121,11 @@ def launch(D, Y, sparsity, bits=0):
             or D.dtype not in (torch.bfloat16, torch.float32) or Y.dtype == torch.float64):
         return None
     M = max(64, triton.next_power_of_2(m))
-    if m < M:  # zeros behind every vector change nothing
+    if m < M:
         D, Y = (F.pad(x, (0, M - m)) for x in (D, Y))
-    # Few vectors want many loads in flight; many vectors want several programs on a processor.
-    rows, stages = (16, 4) if B <= 32 else (32, 3) if B <= 128 else (64, 3)
-    block = min(rows, 4096 // M)
+    # Few vectors want many loads in flight; many vectors want three programs on a processor.
+    rows, stages = (16, 4 if M <= 128 else 3) if B <= 32 else (32, 3) if B <= 128 else (64, 3)
+    block = min(rows, 32)
     size = rows * ((1 + sparsity) * M + (2 + sparsity) * padded)  # scratch of a program, in numbers
     room = 2**26 // size  # programs: 256 MB serve any number of items
     processors = torch.cuda.get_device_properties(D.device).multi_processor_count
@@ -143,5 +142,6 @@ def launch(D, Y, sparsity, bits=0):
         Y.float().contiguous(), D.contiguous(), D_half.contiguous(), scratch, sync, indices,
         coefficients, exponents, items, B, size, N, M, sparsity, padded, rows, block,
         triton.next_power_of_2(tiles) - 1, split, 2.0 ** (bits - 1) - 1 if bits else 0,
-        num_warps=4, num_stages=stages, maxnreg=168 if B > 128 else None)
+        num_warps=max(4, M // 32), num_stages=stages,
+        maxnreg=168 if B > 128 and M <= 128 else None)
     return (indices, coefficients, exponents) if bits else (indices, coefficients)

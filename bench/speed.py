@@ -1,0 +1,144 @@
+"""How fast it is, in any shape: weights, atoms and codes are random, there is nothing to download.
+
+    python bench/speed.py omp                           coding, in the shape of Llama-3.1-8B
+    python bench/speed.py attention                     one layer's attention for one token
+    python bench/speed.py decode --config config.json --prompt-length 32768 --compare
+
+Times are medians after a warm-up. On a GPU, omp and attention give those of a CUDA graph, the
+device's own time; decode gives whole steps, with Python, sampling and coding: the second half of
+them, after all has run once. Under torchrun, decode shares the model out over several GPUs."""
+
+import json
+import sys
+import timeit
+from pathlib import Path
+from statistics import median
+
+import torch
+import torch.nn.functional as F
+
+sys.path[:0] = [str(Path(__file__).resolve().parent.parent)]
+
+from generate import describe, generate, summary  # noqa: E402
+from kernels import attend_fused  # noqa: E402
+from kernels.graphs import compile_layers  # noqa: E402
+from kernels.parallel import parallelize, world  # noqa: E402
+from lexico import (CODINGS, DenseCache, Dictionaries, SparseCache, attend_codes,  # noqa: E402
+                    shape_of)
+from model import Config, Llama, door  # noqa: E402
+from omp import omp, omp_levels  # noqa: E402
+from train_dict import Parser, between, run_program  # noqa: E402
+
+def milliseconds(function):
+    """Median time of function(), once it is warm; on a GPU as a CUDA graph, the device's time."""
+    if torch.cuda.is_available():
+        from triton.testing import do_bench_cudagraph
+        return do_bench_cudagraph(function, return_mode="median")
+    function()
+    return 1e3 * median(timeit.repeat(function, number=1, repeat=9))
+
+def random_dictionaries(args, config):
+    shape = 2, config.n_layers, args.atoms, args.heads * config.head_dim
+    atoms = F.normalize(torch.randn(shape, device=args.device), dim=-1).to(args.dtype)
+    return Dictionaries(atoms, torch.full(shape[:2], 1 / 64, device=args.device), shape_of(config))
+
+def time_omp(args):
+    """coding: a decoded token of all layers, then a prompt of one"""
+    print("ms to code, m = 128, on", args.device)
+    for L, B in ((64, 8), (1, 20_000)) if args.cuda else ((4, 8), (1, 1000)):
+        for N, s in ((4096, 8), (4096, 16), (2048, 8)):
+            D = F.normalize(torch.randn(L, N, 128, device=args.device), dim=-1).to(args.dtype)
+            Y, bits = torch.randn(L, B, 128, device=args.device), CODINGS["word"].level_bits(N)
+            print(f"  {L:2d} x {B:5d} vectors, N = {N}, s = {s:2d}: "
+                  f"fp8 {milliseconds(lambda: omp(D, Y, s)):8.3f}, "
+                  f"word {milliseconds(lambda: omp_levels(D, Y, s, bits)):8.3f}")
+
+def time_attention(args):
+    """a token's attention in one layer of Llama-3.1-8B's shape: over a dense cache, over codes that
+    use all atoms alike or, as real ones do, some far more than others (Zipf)"""
+    L = 8 if args.cuda else 1  # layers in turn, so that the processor's caches are cold
+    config = Config(vocab_size=1, dim=4096, n_layers=L, n_heads=32, kv_heads=8, head_dim=128,
+                    ffn_dim=1, context=1)
+    d, lengths = random_dictionaries(args, config), (2048, 8192, 32768, 131072)
+    print("us a layer           dense        fp8   fp8 Zipf       word  word Zipf   on", args.device)
+    for B, T in [(1, T) for T in lengths] + [(32, 8192)] if args.cuda else ((1, 8192), (1, 32768)):
+        q = torch.randn(B, 32, 1, 128, device=args.device, dtype=args.dtype)
+        kv = torch.randn(L, 2, B, 8, T, 128, device=args.device, dtype=args.dtype)
+        row = [milliseconds(lambda: [F.scaled_dot_product_attention(q, *layer, enable_gqa=True)
+                                     for layer in kv])]
+        del kv
+        for coding, zipf in (("fp8", False), ("fp8", True), ("word", False), ("word", True)):
+            cache = SparseCache(config, d, args.sparsity, 128, 1, 0, B, T, coding, dtype=args.dtype)
+            cache.advance(T, T - 128)
+            cache.begin(1)
+            for codes in cache.codes.values():
+                first, second = codes.parts
+                u = torch.rand(first.shape, device=args.device)
+                index = args.atoms**u - 1 if zipf else args.atoms * u
+                first.copy_(index.int() << codes.bits)
+                second.copy_(100 * torch.ones(second.shape) if codes.bits else 2 * u - 1)
+            steps = [(q, cache.codes[0, i], cache.codes[1, i], cache.boundary, *cache.dense[:, i],
+                      cache.seen) for i in range(L)]
+            attend = attend_codes if attend_fused(*steps[0]) is None else attend_fused
+            row.append(milliseconds(lambda: [attend(*step) for step in steps]))
+        print(f"{B:2d} x {T:6d} tokens" + "".join(f"{1e3 * ms / L:11.1f}" for ms in row))
+
+def time_decode(args):
+    """whole decoding steps after a random prompt"""
+    with door(f"--config {args.config} is no config.json", "give that of a Llama, Mistral or Qwen"):
+        config = Config.from_hf(json.loads(args.config.expanduser().read_text("utf-8")))
+    torch.manual_seed(0)
+    with torch.device("meta"):
+        model = parallelize(Llama(config).to(args.dtype), args.rank, args.ranks)
+    for weights in model.to_empty(device=args.device).parameters():
+        weights.normal_(0, 0.02)
+    prompt = torch.randint(config.vocab_size, (args.batch, args.prompt_length)).to(args.device)
+    length, d = args.prompt_length + args.max_new_tokens, random_dictionaries(args, config)
+    if args.compile:
+        compile_layers()
+
+    def start(name):
+        cache = (DenseCache(model.config, args.batch, length, args.device, args.dtype)
+                 if name == "dense" else
+                 SparseCache(model.config, d, args.sparsity, args.buffer, args.window, args.sinks,
+                             args.batch, length, args.coding, dtype=torch.bfloat16))
+        return generate(model, cache, prompt, args.max_new_tokens,
+                        lambda logits: logits.argmax(-1), record=args.cuda and args.ranks == 1)
+
+    for name in ["sparse"] * (not args.dense) + ["dense"] * (args.dense or args.compare):
+        next(start(name))  # so that what is measured awaits no compiler
+        steps = [{**step, "logits": None} for step in start(name)]
+        print(f"batch {args.batch}, {describe(name, summary(steps, 'as asked for', prompt))}")
+
+SHAPE = {"atoms": 4096, "sparsity": 8, "heads": 1}  # of dictionaries and codes
+STEPS = {"batch": 1, "prompt-length": 512, "max-new-tokens": 64,
+         "buffer": 128, "window": 16, "sinks": 0}
+
+def parse_arguments():
+    parser = Parser(description=__doc__.partition(":")[0], allow_abbrev=False)
+    tables = parser.add_subparsers(required=True, metavar="omp | attention | decode")
+    for run, numbers in (time_omp, {}), (time_attention, SHAPE), (time_decode, {**SHAPE, **STEPS}):
+        table = tables.add_parser(run.__name__[5:], help=run.__doc__, allow_abbrev=False)
+        table.set_defaults(run=run)
+        for name, default in numbers.items():
+            table.add_argument(f"--{name}", type=between(int, min(default, 1), 2**24), default=default,
+                               help=f"default: {default}")
+        table.add_argument("--device", help="default: the best there is")
+    table.add_argument("--config", type=Path, required=True, help="any model's config.json")
+    table.add_argument("--coding", choices=CODINGS, default="word")
+    for name, what in {"compile": "torch.compile the layers", "compare": "both caches, in turn",
+                       "dense": "the usual cache instead"}.items():
+        table.add_argument(f"--{name}", action="store_true", help=what)
+    args = parser.parse_args()
+    args.device, args.rank, args.ranks = world(args.device)
+    args.cuda = args.device.type == "cuda"
+    args.dtype = torch.bfloat16 if args.cuda else torch.float32
+    return args
+
+@torch.inference_mode()
+def main():
+    args = parse_arguments()
+    args.run(args)
+
+if __name__ == "__main__":
+    run_program(main)
