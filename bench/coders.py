@@ -17,10 +17,10 @@ import torch
 
 sys.path[:0] = [str(Path(__file__).resolve().parent.parent)]
 
-from lexico import Dictionaries  # noqa: E402
-from model import Llama, Tokenizer, best_device, find_folder  # noqa: E402
-from omp import omp, omp_beam, relative_error  # noqa: E402
-from train_dict import Parser, run_program, vectors  # noqa: E402
+from lexico import Dictionaries
+from model import Llama, Tokenizer, best_device, find_folder
+from omp import omp, omp_beam, relative_error
+from train_dict import Parser, run_program, vectors
 
 def iht(D, Y, sparsity, steps=100, refit=True):
     """Iterative hard thresholding (Blumensath, Davies 2008): z = H_s(z + (y - z D) D^T / ||D||^2).
@@ -31,14 +31,13 @@ def iht(D, Y, sparsity, steps=100, refit=True):
     Z = Y.new_zeros(Y.shape[0], D.shape[0])  # (B, N)
     for _ in range(steps):
         Z = Z + rate * (Y - Z @ D) @ D.T
-        indices = Z.abs().topk(sparsity, dim=-1).indices
-        Z = torch.zeros_like(Z).scatter_(-1, indices, Z.gather(-1, indices))
-    return indices, least_squares(D, Y, indices) if refit else Z.gather(-1, indices)
+        Z = torch.zeros_like(Z).scatter_(-1, *largest(D, Y, Z, sparsity, refit=False))
+    return largest(D, Y, Z, sparsity, refit)
 
 def lasso(D, Y, sparsity, penalty=0.1, steps=100, refit=True):
     """Lasso by FISTA (Beck, Teboulle 2009), cut to the s largest coefficients.
 
-    Minimises 1/2 ||y - z D||^2 + lambda ||z||_1, lambda = penalty max |<y, d_n>| for each vector."""
+    Minimises 1/2 ||y - z D||^2 + lambda ||z||_1, with lambda = penalty max |<y, d_n>|."""
     D, Y = D.float(), Y.float()
     rate = 1 / torch.linalg.matrix_norm(D, 2) ** 2
     threshold = rate * penalty * (Y @ D.T).abs().amax(dim=-1, keepdim=True)  # (B, 1)
@@ -50,12 +49,14 @@ def lasso(D, Y, sparsity, penalty=0.1, steps=100, refit=True):
         Z = Z.sign() * (Z.abs() - threshold).clamp(min=0)
         t = (1 + (1 + 4 * t**2) ** 0.5) / 2
         ahead = Z + (t_before - 1) / t * (Z - before)
-    indices = Z.abs().topk(sparsity, dim=-1).indices
-    return indices, least_squares(D, Y, indices) if refit else Z.gather(-1, indices)
+    return largest(D, Y, Z, sparsity, refit)
 
-def least_squares(D, Y, indices):
-    """The best coefficients (B, s) for chosen atoms."""
-    return torch.linalg.lstsq(D[indices].mT, Y[..., None]).solution[..., 0]
+def largest(D, Y, Z, sparsity, refit):
+    """Indices and coefficients (B, s) of the largest in Z (B, N), or of a least-squares refit."""
+    indices = Z.abs().topk(sparsity, dim=-1).indices
+    if refit:
+        return indices, torch.linalg.lstsq(D[indices].mT, Y[..., None]).solution[..., 0]
+    return indices, Z.gather(-1, indices)
 
 def main():
     Parser(description=__doc__.partition(":")[0]).parse_args()

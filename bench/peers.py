@@ -11,12 +11,12 @@
     SnapKV                 Li et al. 2024, arXiv 2404.14469
     PyramidKV              Cai et al. 2024, arXiv 2406.02069
 
-Each is a function of its own settings and layer, q (B, H, G, T, m), k and v (B, H, 1, T, m), which
-says how keys and values come back, and which tokens are kept: see train_dict.Simulated. `spared` are
-the tokens that stay as they are, buffer and sinks, the same for all; `start` is where what is
-measured begins. The memory beside each counts all that is stored for a token: numbers, scales,
-zeros, norms. What a model has once, whatever the context (rotations, centroids, components), is not
-counted, nor are Lexico's dictionaries."""
+Each is a function of its settings and of layer, q (B, H, G, T, m), k and v (B, H, 1, T, m), that
+says how keys and values come back, and which tokens are kept (see train_dict.Simulated). `spared`
+are the tokens that stay as they are, buffer and sinks, the same for all; what is measured begins at
+`start`. The memory beside each counts all that is stored for a token: numbers, scales, zeros, norms.
+What a model has once, whatever the context (rotations, centroids, components), is not counted, nor
+are Lexico's dictionaries."""
 
 from functools import cache, partial
 from math import pi
@@ -24,7 +24,7 @@ from math import pi
 import torch
 import torch.nn.functional as F
 
-from model import rope_frequencies, rotate
+from model import InputError, rope_frequencies, rotate
 from train_dict import Recorder, Simulated
 
 # ---- Grids and levels ----------------------------------------------------------------------------
@@ -115,12 +115,14 @@ def random_normal(n, x):
 @torch.inference_mode()
 def record(model, rows):
     """Exact keys and values of token rows (B, T), for each layer (2, B, H, 1, T, m)."""
+    if not len(rows):
+        raise InputError("no text is left to calibrate on; give --calibrate FILE, or --only others")
     recorder = Recorder()
     model(rows, recorder, last_only=True)
     return [kv[:, :, :, None] for kv in recorder.kv]
 
-def product_quantisation(d, calibration, sinks, layer, q, k, v):
-    """d numbers share one of 256 centroids: k-means for each layer, head and place in the vector."""
+def product_codes(d, calibration, sinks, layer, q, k, v):
+    """d numbers share one of 256 centroids: k-means for each layer, head and place in a vector."""
     def code(x, book):
         (B, H, _, T, m), which = x.shape, torch.cdist(pieces(x, d), book).argmin(-1, keepdim=True)
         back = book.gather(1, which.expand(-1, -1, d)).view(H, m // d, B, T, d)
@@ -146,9 +148,9 @@ def transform(share, model, calibration, sinks, layer, q, k, v):
     return *transforms(share, model, calibration, sinks, together=False)[layer](k, v), None
 
 def kvtc(share, model, calibration, spared, start):
-    """A cache of one code for all layers of a token. To read one vector it must rebuild those of all
-    layers, so it serves to put caches aside, not to attend to. The codes come of an exact pass over
-    the text, which it must see first: errors do not add up in them, as they do for the others."""
+    """A cache of one code for all layers of a token. To read one vector it must rebuild those of
+    all layers, so it serves to put caches aside, not to attend to. The codes come of an exact pass
+    over the text, which it must see first: errors do not add up in them, as in all others."""
     [code], coded = transforms(share, model, calibration, spared["sinks"], together=True), []
     cache = Simulated(lambda layer, q, k, v: (*coded[layer], None), **spared)
     cache.see = lambda kv: coded.extend(zip(*(x.chunk(len(kv), 1) for x in code(*all_heads(kv)))))
@@ -160,27 +162,23 @@ def all_heads(kv):
 
 @cache
 def transforms(share, model, calibration, sinks, together):
-    """Functions (k, v) -> k, v as they come back: one for each layer, or one for all together. All
-    heads of a token are one vector, keys without the rotation of RoPE, for their place is known."""
+    """Functions (k, v) -> k, v as they come back: one for each layer, or one for all together. Keys
+    are coded without the rotation of RoPE: their positions are known."""
     def turned(k, sign):
         angle = torch.outer(torch.arange(k.shape[-2]).float(), rope_frequencies(model.config))
         angle = angle.repeat(1, 2).to(k.device)  # (T, m)
         return rotate(k, angle.cos(), sign * angle.sin())
-    def vectors(k, v):
-        return [x[:, :, 0].transpose(1, 2).flatten(2) for x in (turned(k, -1), v)]  # (B, T, H m)
     def learn(k, v):
-        coders = [components(x[:, sinks:].flatten(0, 1), share) for x in vectors(k, v)]
-        def code(k, v):
-            keys, values = (coder(x).unflatten(2, (k.shape[1], -1)).transpose(1, 2)[:, :, None]
-                            for coder, x in zip(coders, vectors(k, v)))
-            return turned(keys, 1), values
-        return code
+        code_k, code_v = (components(x[..., sinks:, :], share) for x in (turned(k, -1), v))
+        return lambda k, v: (turned(code_k(turned(k, -1)), 1), code_v(v))
     return [learn(*kv) for kv in ([all_heads(calibration())] if together else calibration())]
 
-def components(X, share):
-    """A function that gives vectors back as their principal components, in few bits, make them.
-    X (V, n): to learn mean and components from. Bits go one by one to the component whose variance,
-    times what one more bit takes off the error of a standard normal, is largest."""
+def components(x, share):
+    """A function that gives vectors like x (B, H, 1, T, m) back as their principal components, in
+    few bits, make them: all heads of a token together. Bits go one by one to the component whose
+    variance, times what one more takes off the squared error of a standard normal, is largest."""
+    tokens = lambda x: x[:, :, 0].transpose(1, 2).flatten(2)  # (B, T, n), n = H m
+    X = tokens(x).flatten(0, 1)
     mean, n = X.mean(0), X.shape[1]
     variance, basis = torch.linalg.eigh((X - mean).T @ (X - mean) / len(X))  # (n,), (n, n)
     deviation = variance.clamp(min=1e-12).sqrt()
@@ -188,10 +186,11 @@ def components(X, share):
     gain = variance[:, None] * (error[:-1] - error[1:])  # (n, 8), it falls from bit to bit
     bits = (gain.flatten().topk(int(16 * share * n)).indices // 8).bincount(minlength=n)  # (n,)
     def code(x):
-        z = (x - mean) @ basis / deviation
+        z = (tokens(x) - mean) @ basis / deviation
         for b in range(9):
             z[..., bits == b] = to_levels(z[..., bits == b], b)
-        return z * deviation @ basis.T + mean
+        back = z * deviation @ basis.T + mean
+        return back.unflatten(2, (x.shape[1], -1)).transpose(1, 2)[:, :, None]
     return code
 
 # ---- Eviction ------------------------------------------------------------------------------------
@@ -215,8 +214,8 @@ def snapkv(share, n_layers, sinks, layer, q, k, v, start, window=32, pool=7):
 def methods(model, calibration, spared, length):
     """name -> (bytes of a vector over 2 m, start -> cache) of every peer, for rows of `length`
     tokens. calibration(): what to calibrate on, as record gives it."""
-    m, width, table = model.config.head_dim, model.config.head_dim * model.config.kv_heads, {}
-    buffer, sinks = spared["buffer"], spared["sinks"]
+    m, L, table = model.config.head_dim, model.config.n_layers, {}
+    width, buffer, sinks = m * model.config.kv_heads, spared["buffer"], spared["sinks"]
     def add(name, share, compress, **options):
         table[name] = share, lambda start: Simulated(compress, **spared, **options)
     def add_after_prompt(name, share, compress):  # which passes exactly, and tells what matters
@@ -231,13 +230,12 @@ def methods(model, calibration, spared, length):
         bits = 2 + 2 * r + (64 + 16) / 2 / length + 32 / 2 / width + 1 / (2 * width)
         add_after_prompt(f"ZipCache {r:.0%}", bits / 16, partial(zipcache, r, buffer, sinks))
     for d in (8, 4, 2):
-        add(f"product quantisation d={d}", 1 / 2 / d, partial(product_quantisation, d, calibration,
-                                                              sinks))
+        add(f"product quantisation d={d}", 1 / 2 / d, partial(product_codes, d, calibration, sinks))
     for r in (0.06, 0.09, 0.12, 0.18, 0.25):
         add(f"transform {r:.0%}", r, partial(transform, r, model, calibration, sinks))
         table[f"KVTC {r:.0%}"] = r, partial(kvtc, r, model, calibration, spared)
     for r in (0.1, 0.2, 0.3):
-        for name, n_layers in (("SnapKV", 0), ("PyramidKV", model.config.n_layers)):
-            add_after_prompt(f"{name} {r:.0%}", max(r, 32 / (length // 2)),  # a window of 32 at least
-                             partial(snapkv, r, n_layers, sinks))
+        least = max(r, 32 / (length // 2))  # the window is kept
+        add_after_prompt(f"SnapKV {r:.0%}", least, partial(snapkv, r, 0, sinks))
+        add_after_prompt(f"PyramidKV {r:.0%}", least, partial(snapkv, r, L, sinks))
     return table

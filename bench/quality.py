@@ -30,12 +30,11 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tiny")]
 
-from bench import peers  # noqa: E402
-from lexico import CODINGS, KEYS, VALUES, Dictionaries, join, split  # noqa: E402
-from model import InputError, Llama, NoCache, Tokenizer, best_device, door  # noqa: E402
-from omp import omp, omp_beam, reconstruct  # noqa: E402
-from train_dict import (Parser, Simulated, Text, between, output_file, read_text,  # noqa: E402
-                        run_program)
+from bench import peers
+from lexico import CODINGS, KEYS, VALUES, Dictionaries, join, split
+from model import InputError, Llama, NoCache, Tokenizer, best_device, door
+from omp import omp, omp_beam, reconstruct
+from train_dict import (Parser, Simulated, Text, between, output_file, read_text, run_program)
 
 # ---- Methods -------------------------------------------------------------------------------------
 
@@ -72,7 +71,8 @@ def methods(model, dictionaries, calibration, spared, length=1024):
         for name, s, coding, pursuit in rows:
             if N <= CODINGS[coding].most_atoms:
                 size = np.mean([CODINGS[coding].nbytes_each(each) for each in np.ravel(s)])
-                table[f"Lexico {name}"] = size / (2 * M), partial(lexico, d, s, coding, pursuit, spared)
+                make = partial(lexico, d, s, coding, pursuit, spared)
+                table[f"Lexico {name}"] = size / (2 * M), make
     return table
 
 # ---- Measures ------------------------------------------------------------------------------------
@@ -85,10 +85,10 @@ class Judge:
         self.model, self.half, self.facts, rng = model, length // 2, [], random.Random(seed)
         ids, bos = tokenizer.encode(text, bos=False), tokenizer.encode("")
         tokenizer.check(ids, model.config)
-        longest = min(model.config.context, len(ids) - 1, len(text) // 3 if facts else length)
+        longest = min(model.config.context, len(ids) - 1, len(text) // 3 - 1 if facts else length)
         if length > longest:
-            raise InputError(f"--length {length} is more than the {longest} that the model's context "
-                             "and the text give room for; make it smaller, or --text longer")
+            raise InputError(f"--length {length} is more than the {longest} that the model's "
+                             "context and the text leave room for; make it smaller, or --text longer")
         starts = [rng.randrange(len(ids) - length) for _ in range(rows)]
         spare = [i for i in range(0, len(ids) - length, length)
                  if all(abs(i - start) >= length for start in starts)]
@@ -158,8 +158,8 @@ def parse_arguments():
     add("--model", default="tiny", help='a folder, a Hub id, or "tiny" (default)')
     add("--dictionary", nargs="+", metavar="FILE", help="default: the one of the model's folder")
     add("--text", type=Path, default=ROOT / "tiny" / "held-out.txt", help="what is decoded")
-    add("--calibrate", type=Path, help="text for the methods that are calibrated (32 rows of --text "
-        "that are not measured)")
+    add("--calibrate", type=Path, help="text for methods that are calibrated; default: the first "
+        "32 rows of --text that are not measured")
     add("--rows", type=count(1, 2**20), default=8, help="how many texts (8)")
     add("--length", type=count(128, 2**20), default=1024, help="tokens of each (1024)")
     add("--facts", type=count(0, 2**20), default=0, help="to recall, as tiny learned to (0)")
@@ -173,7 +173,7 @@ def parse_arguments():
                      f"beside --buffer {args.buffer} and --sinks {args.sinks}")
     if args.figure:
         with door("--figure needs matplotlib", "pip install matplotlib, or leave it out"):
-            import matplotlib.pyplot  # noqa: F401
+            import matplotlib.pyplot
     return args
 
 def main():
@@ -184,13 +184,11 @@ def main():
         for path in args.dictionary or [Dictionaries.find(args.model)]:
             d = Dictionaries.load(path, device).check(model.config)
             label = f"N={d.atoms.shape[2]}" + f" heads={d.heads}" * (d.heads > 1)
-            dictionaries[label if label not in dictionaries else f"{label} {path}"] = d
+            dictionaries[f"{label} {path}" if label in dictionaries else label] = d
         other = args.calibrate and Text([args.calibrate], tokenizer, args.length, 0).rows(32, 0)
 
-        @cache
-        def calibration():
-            return peers.record(model, judge.spare[:32] if other is None else other.to(device))
-
+        rows = lambda: judge.spare[:32] if other is None else other.to(device)
+        calibration = cache(lambda: peers.record(model, rows()))
         spared = {"buffer": args.buffer, "sinks": args.sinks}
         table = methods(model, dictionaries, calibration, spared, args.length)
         with door(f"--only {args.only} is no regular expression", "give one, as 'KIVI|auto'"):

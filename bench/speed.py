@@ -2,7 +2,7 @@
 
     python bench/speed.py omp                           coding, in the shape of Llama-3.1-8B
     python bench/speed.py attention                     one layer's attention for one token
-    python bench/speed.py decode --config config.json --prompt-length 32768 --compare
+    python bench/speed.py decode --config config.json --prompt-length 32768 [--dense]
 
 Times are medians after a warm-up. On a GPU, omp and attention give those of a CUDA graph, the
 device's own time; decode gives whole steps, with Python, sampling and coding: the second half of
@@ -19,15 +19,14 @@ import torch.nn.functional as F
 
 sys.path[:0] = [str(Path(__file__).resolve().parent.parent)]
 
-from generate import describe, generate, summary  # noqa: E402
-from kernels import attend_fused  # noqa: E402
-from kernels.graphs import compile_layers  # noqa: E402
-from kernels.parallel import parallelize, world  # noqa: E402
-from lexico import (CODINGS, DenseCache, Dictionaries, SparseCache, attend_codes,  # noqa: E402
-                    shape_of)
-from model import Config, Llama, door  # noqa: E402
-from omp import omp, omp_levels  # noqa: E402
-from train_dict import Parser, between, run_program  # noqa: E402
+from generate import describe, generate, summary
+from kernels import attend_fused
+from kernels.graphs import compile_layers
+from kernels.parallel import parallelize, world
+from lexico import (CODINGS, DenseCache, Dictionaries, SparseCache, attend_codes, shape_of)
+from model import Config, Llama, door
+from omp import omp, omp_levels
+from train_dict import Parser, between, run_program
 
 def milliseconds(function):
     """Median time of function(), once it is warm; on a GPU as a CUDA graph, the device's time."""
@@ -59,9 +58,11 @@ def time_attention(args):
     L = 8 if args.cuda else 1  # layers in turn, so that the processor's caches are cold
     config = Config(vocab_size=1, dim=4096, n_layers=L, n_heads=32, kv_heads=8, head_dim=128,
                     ffn_dim=1, context=1)
-    d, lengths = random_dictionaries(args, config), (2048, 8192, 32768, 131072)
-    print("us a layer           dense        fp8   fp8 Zipf       word  word Zipf   on", args.device)
-    for B, T in [(1, T) for T in lengths] + [(32, 8192)] if args.cuda else ((1, 8192), (1, 32768)):
+    d = random_dictionaries(args, config)
+    sizes = (1, 2048), (1, 8192), (1, 32768), (1, 131072), (32, 8192)
+    names = "".join(f"{name:>11}" for name in ("dense", "fp8", "fp8 Zipf", "word", "word Zipf"))
+    print(f"{'us a layer':18}{names}   on {args.device}")
+    for B, T in sizes if args.cuda else sizes[1:3]:
         q = torch.randn(B, 32, 1, 128, device=args.device, dtype=args.dtype)
         kv = torch.randn(L, 2, B, 8, T, 128, device=args.device, dtype=args.dtype)
         row = [milliseconds(lambda: [F.scaled_dot_product_attention(q, *layer, enable_gqa=True)
@@ -97,18 +98,18 @@ def time_decode(args):
     if args.compile:
         compile_layers()
 
-    def start(name):
-        cache = (DenseCache(model.config, args.batch, length, args.device, args.dtype)
-                 if name == "dense" else
-                 SparseCache(model.config, d, args.sparsity, args.buffer, args.window, args.sinks,
-                             args.batch, length, args.coding, dtype=torch.bfloat16))
+    def start():
+        if args.dense:
+            cache = DenseCache(model.config, args.batch, length, args.device, args.dtype)
+        else:
+            cache = SparseCache(model.config, d, args.sparsity, args.buffer, args.window, args.sinks,
+                                args.batch, length, args.coding, dtype=torch.bfloat16)
         return generate(model, cache, prompt, args.max_new_tokens,
                         lambda logits: logits.argmax(-1), record=args.cuda and args.ranks == 1)
-
-    for name in ["sparse"] * (not args.dense) + ["dense"] * (args.dense or args.compare):
-        next(start(name))  # so that what is measured awaits no compiler
-        steps = [{**step, "logits": None} for step in start(name)]
-        print(f"batch {args.batch}, {describe(name, summary(steps, 'as asked for', prompt))}")
+    next(start())  # so that what is measured awaits no compiler
+    steps = [{**step, "logits": None} for step in start()]
+    name = f"batch {args.batch}, {'dense' if args.dense else 'sparse'}"
+    print(describe(name, summary(steps, "as asked for", prompt)))
 
 SHAPE = {"atoms": 4096, "sparsity": 8, "heads": 1}  # of dictionaries and codes
 STEPS = {"batch": 1, "prompt-length": 512, "max-new-tokens": 64,
@@ -121,14 +122,13 @@ def parse_arguments():
         table = tables.add_parser(run.__name__[5:], help=run.__doc__, allow_abbrev=False)
         table.set_defaults(run=run)
         for name, default in numbers.items():
-            table.add_argument(f"--{name}", type=between(int, min(default, 1), 2**24), default=default,
-                               help=f"default: {default}")
+            table.add_argument(f"--{name}", type=between(int, min(default, 1), 2**24),
+                               default=default, help=f"default: {default}")
         table.add_argument("--device", help="default: the best there is")
     table.add_argument("--config", type=Path, required=True, help="any model's config.json")
     table.add_argument("--coding", choices=CODINGS, default="word")
-    for name, what in {"compile": "torch.compile the layers", "compare": "both caches, in turn",
-                       "dense": "the usual cache instead"}.items():
-        table.add_argument(f"--{name}", action="store_true", help=what)
+    table.add_argument("--compile", action="store_true", help="torch.compile the layers")
+    table.add_argument("--dense", action="store_true", help="the usual cache instead")
     args = parser.parse_args()
     args.device, args.rank, args.ranks = world(args.device)
     args.cuda = args.device.type == "cuda"

@@ -1,7 +1,7 @@
 """What an NVIDIA GPU adds: kernels for OMP and for attention over codes, and recorded steps.
 
-Each of the two entry points returns what a readable function of omp.py or lexico.py returns, or
-None where no kernel serves. Then torch does the work, as it always does with LEXICO_KERNELS=0."""
+Each entry point returns what a readable function of omp.py or lexico.py returns, or None where no
+kernel serves. Then torch does the work, as it always does with LEXICO_KERNELS=0."""
 
 import functools
 import os
@@ -27,14 +27,12 @@ def kernels_serve(device):
 
 def omp_fused(D, Y, sparsity, bits=0):
     """What solve(D, *pursue(D, Y, sparsity), bits) of omp.py returns; D (L, N, m), Y (L, B, m)."""
-    if not kernels_serve(D.device):
-        return None
-    from kernels.omp import launch
-    return launch(D, Y, sparsity, bits)
+    if kernels_serve(D.device):
+        from kernels.omp import launch
+        return launch(D, Y, sparsity, bits)
 
 def attend_fused(q, key_codes, value_codes, compressed, keys, values, seen):
     """What attend_codes of lexico.py returns, for one new token: q is (B, G H, 1, m)."""
-    if q.shape[2] != 1 or keys.dtype != torch.bfloat16 or not kernels_serve(q.device):
-        return None
-    from kernels.attention import launch
-    return launch(q, key_codes, value_codes, compressed, keys, values, seen)
+    if q.shape[2] == 1 and keys.dtype == torch.bfloat16 and kernels_serve(q.device):
+        from kernels.attention import launch
+        return launch(q, key_codes, value_codes, compressed, keys, values, seen)

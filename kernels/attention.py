@@ -5,10 +5,9 @@
   combine             The chunks' tables, each by its share of the softmax, in one: w (rows, N).
   addmm               w D_v, plus what the dense tokens gave.
 
-No shape depends on how many tokens are coded, which the device reads for itself, so that a CUDA
-graph can replay all this at every length. If a code spans several KV heads, its tables have rows
-for the queries of all of them. A row is multiplied with its own head's part of D_k alone, but with
-all of D_v: that takes one launch, and a fifth copies each row's own part."""
+No shape depends on how many tokens are coded, which the device reads for itself: a CUDA graph can
+replay all this at every length. If a code spans several KV heads, it serves the queries of all. A
+row of q meets its own head's part of D_k, but all of D_v: a fifth launch copies its own part."""
 
 import functools
 from pathlib import Path
@@ -95,11 +94,10 @@ def compile_codes_cu(shared, **constants):
 
 def launch(q, key_codes, value_codes, compressed, keys, values, seen):
     """attend_fused on a GPU; None for what the kernels are not made for."""
-    (B, H, slots, m), D, (N, M) = keys.shape, key_codes.D, key_codes.D.shape
+    (B, H, slots, m), D, (N, M), bits = keys.shape, key_codes.D, key_codes.D.shape, key_codes.bits
     G, heads = q.shape[1] // H, M // m  # rows of q for each KV head, KV heads in a code
     codes, rows, R, RP = B * H // heads, B * H * G, heads * G, triton.next_power_of_2(heads * G)
     (*_, capacity, s_k), (*_, room_v, s_v) = key_codes.parts[0].shape, value_codes.parts[0].shape
-    bits, largest = key_codes.bits, 1 << (key_codes.bits - 1) if key_codes.bits else 448
     chip = torch.cuda.get_device_properties(q.device)
     shared = chip.shared_memory_per_block_optin - 256  # codes.cu declares less than that itself
     room = shared // (2 * RP) - 2 * N  # for the scores of so many tokens, behind a table
@@ -118,7 +116,7 @@ def launch(q, key_codes, value_codes, compressed, keys, values, seen):
         q.to(D.dtype).contiguous(), D, key_codes.scale, keys, values, seen, products, dense_out,
         stats, rows, slots, N, chunks, G, heads, m, tile, 64)
     attend_codes_chunk = compile_codes_cu(shared, N=N, R=R, RP=RP, S_K=s_k, S_V=s_v, BITS=bits,
-                                          LARGEST=largest, CHUNKS=chunks, SHORTEST=SHORTEST)
+                                          CHUNKS=chunks, SHORTEST=SHORTEST)
     attend_codes_chunk((chunks, codes, 1), (1024, 1, 1), [
         products, *key_codes.parts, *value_codes.parts, compressed, capacity, stats, tables],
         2 * RP * (2 * N + max(SHORTEST, triton.cdiv(capacity, chunks))))
@@ -126,5 +124,5 @@ def launch(q, key_codes, value_codes, compressed, keys, values, seen):
     block = min(triton.next_power_of_2(N), 2**14 // padded)
     combine[rows, triton.cdiv(N, block)](tables, stats, dense_out, value_codes.scale, compressed, w,
                                          base, N, chunks, SHORTEST, padded, G, heads, m, block)
-    out = base.addmm_(w, value_codes.D).view(codes, heads, G, heads, m)  # the row's head, the part's
+    out = base.addmm_(w, value_codes.D).view(codes, heads, G, heads, m)  # heads of row and of part
     return out.diagonal(dim1=1, dim2=3).permute(0, 3, 1, 2).reshape(q.shape).to(q.dtype)

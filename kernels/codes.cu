@@ -1,15 +1,14 @@
 // Attention of one new token over codes, with look-ups in shared memory, which Triton cannot do.
 //
 // A token has a code for each KV head, or for several together; R rows of q belong to it. A block
-// (1024 threads; grid: chunks x codes of a token) takes a chunk of tokens, if it has any. It keeps
-// the products <q, atom> of N atoms and R rows (padded to RP = 2^n) in shared memory, and later the
-// values' table in their place. What takes time is that the 32 threads of a warp ask for 32 random
-// atoms, and those that ask the same bank of the memory wait for each other. So products are in
-// half precision, and so PER_TOKEN threads share a token in step 4, PER_THREAD rows each: a warp
-// asks for fewer atoms.
+// (1024 threads; grid: chunks x codes of a token) takes a chunk of tokens, if it has any. What
+// takes time is that the 32 threads of a warp ask for 32 random atoms, and those that ask the same
+// bank of the memory wait for each other. So products are in half precision, and so in step 4
+// PER_TOKEN threads share a token, PER_THREAD rows each: a warp asks for fewer atoms.
 
 typedef unsigned char u8;
 typedef unsigned short u16;
+constexpr int LARGEST = BITS ? 1 << (BITS - 1) : 448;  // coefficient, in steps
 constexpr int PER_TOKEN = RP < 2 ? 1 : RP < 8 ? 2 : 4, PER_THREAD = RP / PER_TOKEN;
 __device__ float to_float(u16 half) {
   float x;
@@ -48,25 +47,24 @@ extern "C" __global__ void __launch_bounds__(1024) attend_codes_chunk(
     const unsigned* products,                              // (codes, R, N), in half precision
     const Words<S_K>* k_words, const Bytes<S_K>* k_bytes,  // (codes, capacity)
     const Words<S_V>* v_words, const Bytes<S_V>* v_bytes, const long long* compressed, int capacity,
-    float2* stats, unsigned* tables) {                     // (codes, R, CHUNKS) and the same x N
+    float2* stats, unsigned* tables) {           // (codes, R, 1 + CHUNKS) and (codes, R, CHUNKS, N)
   extern __shared__ uint4 shared[];
   Array<u16, RP>* product_table = (Array<u16, RP>*)shared;           // (N,), in steps 1 and 2
   int* value_table = (int*)shared;                         // (PER_THREAD, N, PER_TOKEN), in 3 to 5
   Array<u16, RP>* scores = (Array<u16, RP>*)(value_table + RP * N);  // (tokens,), behind both
-  __shared__ float reference[RP];
-  __shared__ int tops[RP], largest_byte;
-  __shared__ unsigned totals[RP];
+  __shared__ float reference[RP];                          // RP: R, padded to a power of two
+  __shared__ int tops[RP], totals[RP], largest_byte;
   int n = *compressed, size = max((n + CHUNKS - 1) / CHUNKS, SHORTEST), begin = blockIdx.x * size;
   int code = blockIdx.y, last = min(size, n - begin) - 1, thread = threadIdx.x;
   if (last < 0) return;
   size_t first_token = (size_t)code * capacity + begin;
   k_words += first_token, k_bytes += first_token, v_words += first_token, v_bytes += first_token;
-  stats += code * R * (CHUNKS + 1);                        // a row's first entry: the dense tokens
+  stats += code * R * (CHUNKS + 1);                        // a row's first: the dense tokens' own
   if (thread < R) {
     reference[thread] = fmaxf(stats[thread * (CHUNKS + 1)].x, -99);
     tops[thread] = -1000000000, totals[thread] = largest_byte = 0;
   }
-  // 1. Products, two atoms at a time. Here as below, codes are loaded well before their use.
+  // 1. Products <q, atom>, two atoms at a time. Here as below, codes are loaded well before use.
   Code<S_K> next_key = {k_words[min(thread, last)], k_bytes[min(thread, last)]};
   #pragma unroll 2
   for (int i = thread; i < N / 2; i += 1024) {
@@ -79,8 +77,8 @@ extern "C" __global__ void __launch_bounds__(1024) attend_codes_chunk(
     ((Array<u16, 2 * RP>*)product_table)[i] = pair;
   }
   __syncthreads();
-  // 2. Scores: s look-ups give a token's R scores. They are kept less the largest of a dense token:
-  // near it, where weights are large, half precision is exact enough.
+  // 2. Scores: s look-ups give a token's R scores. They are kept less the largest one of a dense
+  // token (the newest always is): near it, where weights count, half precision is exact enough.
   float top[RP];
   for (int r = 0; r < RP; r++) top[r] = -1e9f;
   for (int t = thread; t <= last; t += 1024) {
@@ -104,10 +102,10 @@ extern "C" __global__ void __launch_bounds__(1024) attend_codes_chunk(
     if (thread % 32 == 0) atomicMax(&tops[r], of_warp);
   }
   __syncthreads();
-  // 3. Weights: 2^(score - top) take the scores' place, and are summed up in units of size / 2^31;
-  // zeros take the products' place.
+  // 3. Weights, 2^(score - top), take the scores' place, and zeros the products'. Sums of weights
+  // are integers, in units of size / 2^30: whatever the order, they have the same bits.
   for (int i = thread; i < N * RP / 4; i += 1024) shared[i] = make_uint4(0, 0, 0, 0);
-  float total[RP] = {}, unit = size / 2147483648.0f;
+  float total[RP] = {}, unit = size / 1073741824.0f;
   int byte = 0;
   for (int t = thread; t <= last; t += 1024) {
     if (BITS) byte = max(byte, v_bytes[t].at[0]);
@@ -120,16 +118,15 @@ extern "C" __global__ void __launch_bounds__(1024) attend_codes_chunk(
     scores[t] = x;
   }
   for (int r = 0; r < R; r++) {
-    unsigned of_warp = __reduce_add_sync(~0u, (unsigned)(total[r] / unit));
+    int of_warp = __reduce_add_sync(~0u, (int)(total[r] / unit));
     if (thread % 32 == 0) atomicAdd(&totals[r], of_warp);
   }
   byte = __reduce_max_sync(~0u, byte);
   if (thread % 32 == 0) atomicMax(&largest_byte, byte);
   __syncthreads();
-  // 4. Values: every token adds weight x coefficient to its atoms, this thread for the rows from
-  // side * PER_THREAD on. It adds integers: shared memory does that by itself, and unlike a sum of
-  // floats, theirs does not depend on the order. No entry passes total weight x largest step size x
-  // LARGEST, the largest coefficient in steps. The integer for that is 2^30.
+  // 4. Values: a token adds weight x coefficient to its atoms, this thread for the rows from side *
+  // PER_THREAD on, as integers, too: shared memory adds those by itself. No entry of the table
+  // passes total weight x largest step size x LARGEST, and the integer for that is 2^30.
   float largest = LARGEST * step_size(largest_byte), to_integer[PER_THREAD];
   for (int k = 0; k < PER_THREAD; k++)
     to_integer[k] = (1 << 30) / (largest * unit * totals[side * PER_THREAD + k]);
@@ -147,7 +144,6 @@ extern "C" __global__ void __launch_bounds__(1024) attend_codes_chunk(
   }
   __syncthreads();
   // 5. The table leaves two atoms at a time, as a mean over the chunk's weights, in half precision.
-  // `combine` joins the chunks.
   if (thread < R)
     stats[thread * (CHUNKS + 1) + 1 + blockIdx.x] =
         make_float2(tops[thread] + reference[thread], totals[thread] * unit);

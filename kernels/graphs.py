@@ -1,4 +1,4 @@
-"""What makes decoding steps short: compiled layers, and CUDA graphs, all kernels in one launch."""
+"""Shorter decoding steps: compiled layers, and CUDA graphs, which launch all kernels at once."""
 
 import functools
 

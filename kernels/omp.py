@@ -125,7 +125,6 @@ def launch(D, Y, sparsity, bits=0):
         D, Y = (F.pad(x, (0, M - m)) for x in (D, Y))
     # Few vectors want many loads in flight; many vectors want three programs on a processor.
     rows, stages = (16, 4 if M <= 128 else 3) if B <= 32 else (32, 3) if B <= 128 else (64, 3)
-    block = min(rows, 32)
     size = rows * ((1 + sparsity) * M + (2 + sparsity) * padded)  # scratch of a program, in numbers
     room = 2**26 // size  # programs: 256 MB serve any number of items
     processors = torch.cuda.get_device_properties(D.device).multi_processor_count
@@ -140,7 +139,7 @@ def launch(D, Y, sparsity, bits=0):
     D_half = D.bfloat16() if D.is_cuda else D  # Triton's interpreter cannot multiply in bf16
     omp_kernel[(programs,)](
         Y.float().contiguous(), D.contiguous(), D_half.contiguous(), scratch, sync, indices,
-        coefficients, exponents, items, B, size, N, M, sparsity, padded, rows, block,
+        coefficients, exponents, items, B, size, N, M, sparsity, padded, rows, min(rows, 32),
         triton.next_power_of_2(tiles) - 1, split, 2.0 ** (bits - 1) - 1 if bits else 0,
         num_warps=max(4, M // 32), num_stages=stages,
         maxnreg=168 if B > 128 and M <= 128 else None)

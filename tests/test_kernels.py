@@ -74,6 +74,7 @@ class StandIn:
 
     def __init__(self, shared, **constants):
         self.__dict__.update(constants)
+        self.LARGEST = 1 << (self.BITS - 1) if self.BITS else 448
 
     def decode(self, words, seconds):
         """Coefficients (B, H, T, N) in steps, and the step sizes (B, H, T)."""
