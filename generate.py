@@ -232,7 +232,10 @@ def read_pursuit(text):
     """The function that "my_file.py:my_function" names."""
     path, _, name = text.rpartition(":")
     with door(f"--pursuit {text} cannot be loaded", "give FILE.py:FUNCTION"):
-        return runpy.run_path(path)[name]
+        function = runpy.run_path(path)[name]
+        if not callable(function):
+            raise TypeError(f"{name} is no function")
+        return function
 
 def read_prompt(args):
     """The prompt's text, from --prompt, --prompt-file or standard input ("-")."""

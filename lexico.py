@@ -129,8 +129,8 @@ class Dictionaries:
         for path in (find_folder(model) / "dictionary.safetensors", *learned):
             if path.is_file():
                 return path
-        raise InputError(f"no dictionary is known for '{model}'; give --dictionary or --dense, "
-                         f"or learn one: python train_dict.py --model {model}")
+        raise InputError(f"no dictionary is known for '{model}'; give --dictionary, or --dense, or "
+                         f"learn one: python train_dict.py --model {model}")
 
 def shape_of(config):
     """What must agree between a dictionary and a model. A layer's heads share its atoms."""
@@ -175,13 +175,12 @@ class Codes:
 def with_room(x, tokens):
     """x (..., room, .) if it holds so many tokens, else in larger room, twice as large at least."""
     *outer, room, width = x.shape
-    more = max(tokens - room, room) if tokens > room else 0
-    return torch.cat((x, x.new_zeros(*outer, more, width)), dim=-2) if more else x
+    more = max(tokens - room, room)
+    return x if tokens <= room else torch.cat((x, x.new_zeros(*outer, more, width)), dim=-2)
 
 class FP8Codes(Codes):
     """The published format, 3 s bytes: s int16 indices, s coefficients in FP8 E4M3 (a sign, 4 bits
     of exponent, 3 of mantissa). What is larger than E4M3's largest number, 448, becomes that."""
-
     most_atoms, level_bits = 2**15, staticmethod(lambda n_atoms: 0)
     columns = staticmethod(lambda s: ((s, torch.int16), (s, torch.float8_e4m3fn)))
     numbers = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn).float()  # of each byte
@@ -199,7 +198,6 @@ class WordCodes(Codes):
     """Ours, 2 s + 1 bytes: s words of 16 bits, the index in the upper bits, in the rest a signed
     level, and a byte e beside them. A coefficient is level * 2^(e / 16 - 8) in units of the scale.
     With N = 2048 it errs as little as FP8 in two thirds of the bytes."""
-
     most_atoms, level_bits = 2**13, staticmethod(lambda n_atoms: 16 - (n_atoms - 1).bit_length())
     columns = staticmethod(lambda s: ((s, torch.int16), (1, torch.uint8)))
 
@@ -338,8 +336,7 @@ class SparseCache(Counters):
         super().__init__(atoms.device)
         table, (N, M) = np.broadcast_to(sparsity, (2, config.n_layers)), atoms.shape[2:]
         if coding not in CODINGS or N > CODINGS[coding].most_atoms:
-            known = ", ".join(f"{name} (up to {kind.most_atoms})" for name, kind in CODINGS.items())
-            raise InputError(f"coding '{coding}' is unknown or holds no {N} atoms; use {known}")
+            raise InputError(f"coding '{coding}' is unknown, or too small for {N} atoms; use fp8")
         if not 1 <= table.min() <= table.max() <= min(N, M) or min(buffer, window - 1, sinks) < 0:
             raise InputError(f"sparsity {sparsity} is not within 1 .. {min(N, M)} (N or M), "
                              f"or buffer {buffer}, window {window} or sinks {sinks} is too low")

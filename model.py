@@ -165,7 +165,9 @@ def read_weights(folder, device, dtype):
     Tensors of several types become one, the widest."""
     files, index, weights = ["model.safetensors"], folder / "model.safetensors.index.json", {}
     with door(f"weights of '{folder}' cannot be read", "fetch them again"):
-        if not (folder / files[0]).is_file() and index.is_file():
+        if not (folder / files[0]).is_file():
+            if not index.is_file():
+                raise missing(folder, files[0])
             files = sorted(set(read_json(index)["weight_map"].values()))
         for file in files:  # of this folder alone, whatever path an index gives
             weights |= load_file(folder / Path(file).name)
@@ -177,9 +179,9 @@ def read_weights(folder, device, dtype):
         if tensor.dtype not in FLOATS:
             raise InputError(f"weights of '{folder}': {name} is {str(tensor.dtype)[6:]}; quantised "
                              "weights are not supported, give the model in 16 or 32 bits")
-        weights[name] = tensor = tensor.to(device, dtype or widest)
-        if not tensor.sum(dtype=torch.float32).isfinite():
+        if not torch.stack(tensor.aminmax()).isfinite().all():
             raise InputError(f"weights of '{folder}': {name} holds NaN or infinity; fetch it again")
+        weights[name] = tensor.to(device, dtype or widest)
     return weights
 
 # ---- Configuration -------------------------------------------------------------------------------
@@ -194,8 +196,9 @@ LLAMA3_ROPE = ("factor", "low_freq_factor", "high_freq_factor", "original_max_po
 RANGES = {int: (1, 2**20), float: (1e-30, 1e15), bool: (False, True)}  # what makes sense
 FLOATS = {torch.bfloat16, torch.float16, torch.float32, torch.float64}
 DEFAULTS = {  # model_type -> what a config.json may leave out, as transformers fills it in
-    "llama": {"max_position_embeddings": 2048},
-    "mistral": {"max_position_embeddings": 2**17, "num_key_value_heads": 8, "sliding_window": 4096},
+    "llama": {"max_position_embeddings": 2048, "eos_token_id": 2},
+    "mistral": {"max_position_embeddings": 2**17, "num_key_value_heads": 8, "eos_token_id": 2,
+                "sliding_window": 4096},
     "qwen2": {"max_position_embeddings": 2**15, "num_key_value_heads": 32},
     "qwen3": {"max_position_embeddings": 2**15, "num_key_value_heads": 32, "head_dim": 128}}
 
@@ -262,8 +265,8 @@ class Config:
         folder = find_folder(name_or_path)
         hf = read_json(folder / "config.json")
         generation = read_json(folder / "generation_config.json", required=False)
-        # A chat model's end of turn is often only there.
-        hf["eos_token_id"] = generation.get("eos_token_id") or hf.get("eos_token_id")
+        if generation.get("eos_token_id") is not None:  # a chat model's end of turn is only here
+            hf["eos_token_id"] = generation["eos_token_id"]
         with door(f"config.json of '{name_or_path}' is damaged", "fetch it again"):
             return cls.from_hf(hf)
 
@@ -327,8 +330,10 @@ class Tokenizer:
         return step
 
     def check(self, ids, config):
-        """Refuse ids that the model's embedding has no row for."""
-        if max(ids, default=0) >= config.vocab_size:
+        """Refuse a text of no ids, and ids that the model's embedding has no row for."""
+        if not ids:
+            raise InputError("the tokenizer makes no tokens of this text; give another one")
+        if max(ids) >= config.vocab_size:
             raise InputError(f"the tokenizer's id {max(ids)}, {self.token(max(ids))!r}, has no row "
                              f"in the model's embedding, which has {config.vocab_size}; give the "
                              "tokenizer of this model")

@@ -131,8 +131,10 @@ class Text:
             tokens = []
             while len(tokens) < self.row_length:  # from the end, a row goes on at the beginning
                 piece = data[start:start + 8 * self.row_length].decode("utf-8", "ignore")
-                tokens += self.tokenizer.encode(piece, bos=not tokens)
-                start = 0
+                ids = self.tokenizer.encode(piece, bos=not tokens)
+                if start == 0 and not ids:
+                    raise InputError("the tokenizer makes no tokens of this text; give another one")
+                tokens, start = tokens + ids, 0
             rows.append(tokens[:self.row_length])
         return torch.tensor(rows)
 
@@ -219,6 +221,9 @@ def learn(args, model, tokenizer):
     if count % ranks or total % ranks:
         raise InputError(f"{ranks} processes cannot share {count} rows and {total} dictionaries "
                          "evenly; change --batch or --nproc-per-node")
+    # Refused at once if there is no memory for the vectors of a batch and the sums A.
+    torch.empty(4 * total * (args.atoms**2 + 3 * args.batch * config.kv_heads * config.head_dim)
+                // ranks, dtype=torch.uint8, device=device)
     mine = slice(total * rank // ranks, total * (rank + 1) // ranks)  # dictionaries of this rank
 
     def batch(number, held_out=False):
@@ -390,6 +395,7 @@ def parse_arguments():
     add("--device", help="default: the best there is")
     args = parser.parse_args()
     parser.refuse("--fine-tune", "--atoms", "--heads")
+    args.batch = min(args.batch, max(16, args.tokens))
     args.out = args.out or Path(f"{Path(args.model).name}.dictionary.safetensors")
     args.checkpoint = Path(f"{args.out}.checkpoint")
     if args.out.is_file() and not args.force:

@@ -3,7 +3,7 @@
     per token              an even grid for every vector
     KIVI                   Liu et al. 2024, arXiv 2402.02750
     ZipCache               He et al. 2024, arXiv 2405.14256
-    QJL                    Zandieh et al. 2024, arXiv 2406.03482
+    QJL                    Zandieh et al. 2024, arXiv 2406.03482, without its outlier channels
     TurboQuant             Zandieh et al. 2025, arXiv 2504.19874, the form for squared error
     product quantisation   Jegou et al. 2011
     transform              principal components of a layer, bits where variance is largest
@@ -14,9 +14,9 @@
 Each is a function of its settings and of layer, q (B, H, G, T, m), k and v (B, H, 1, T, m), that
 says how keys and values come back, and which tokens are kept (see train_dict.Simulated). `spared`
 are the tokens that stay as they are, buffer and sinks, the same for all; what is measured begins at
-`start`. The memory beside each counts all that is stored for a token: numbers, scales, zeros, norms.
-What a model has once, whatever the context (rotations, centroids, components), is not counted, nor
-are Lexico's dictionaries."""
+`start`. The memory beside each counts all that a token takes: numbers, scales, zeros, norms. What a
+model has once, whatever the context (rotations, centroids, components), is not counted, nor are
+Lexico's dictionaries."""
 
 from functools import cache, partial
 from math import pi

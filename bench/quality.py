@@ -88,7 +88,7 @@ class Judge:
         longest = min(model.config.context, len(ids) - 1, len(text) // 3 - 1 if facts else length)
         if length > longest:
             raise InputError(f"--length {length} is more than the {longest} that the model's "
-                             "context and the text leave room for; make it smaller, or --text longer")
+                             "context and the text leave room for; give less, or a longer --text")
         starts = [rng.randrange(len(ids) - length) for _ in range(rows)]
         spare = [i for i in range(0, len(ids) - length, length)
                  if all(abs(i - start) >= length for start in starts)]

@@ -102,8 +102,8 @@ def time_decode(args):
         if args.dense:
             cache = DenseCache(model.config, args.batch, length, args.device, args.dtype)
         else:
-            cache = SparseCache(model.config, d, args.sparsity, args.buffer, args.window, args.sinks,
-                                args.batch, length, args.coding, dtype=torch.bfloat16)
+            cache = SparseCache(model.config, d, args.sparsity, args.buffer, args.window,
+                                args.sinks, args.batch, length, args.coding, dtype=torch.bfloat16)
         return generate(model, cache, prompt, args.max_new_tokens,
                         lambda logits: logits.argmax(-1), record=args.cuda and args.ranks == 1)
     next(start())  # so that what is measured awaits no compiler

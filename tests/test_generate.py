@@ -53,7 +53,8 @@ def test_commands_print_what_they_should_and_bad_input_gets_one_line(tmp_path, m
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "stdin", None)
     for name, data in (("latin", b"caf\xe9"), ("long", b"word " * 3000), ("none.py", b"1 / 0"),
-                       ("a.jsonl", b'{"text": 3}'), ("old", b""), ("r.checkpoint", b"")):
+                       ("a.jsonl", b'{"text": 3}'), ("old", b""), ("r.checkpoint", b""),
+                       ("mine.py", b"import omp\nf = lambda *a: print(a[0].shape) or omp.omp(*a)")):
         (tmp_path / name).write_bytes(data)
     other, beyond, overflow = (random_model(vocab_size=V, head_dim=32) for V in (4096, 400, 4096))
     overflow.layers[0].mlp.gate_proj.weight *= 1e20
@@ -96,11 +97,6 @@ def test_a_text_depends_on_prompt_and_seed_not_on_where_it_comes_from(tmp_path, 
     assert first[0] == 0 and same == [first] * 3 and other != first
     assert "\nThe ?\ndog" in call(f"{command} --prompt '{text}' --json {tmp_path}/link", ascii)[1]
     assert json.loads((tmp_path / "real").read_text())["text"] in first[1]
-    (tmp_path / "mine.py").write_text("def greedy(D, Y, sparsity):\n    print('mine', *D.shape)\n"
-                                      "    from omp import omp\n    return omp(D, Y, sparsity)\n")
-    ours, theirs = (call(f"{command} --quiet --buffer 2 --sparsity 4 {options}")[1]
-                    for options in ("", f"--pursuit {tmp_path}/mine.py:greedy"))
-    assert theirs.replace("mine 2048 64\n", "") == ours != theirs
 
 def test_ctrl_c_ends_with_the_summary_so_far():
     process = start("generate.py --max-new-tokens 1500")
@@ -136,14 +132,13 @@ def test_a_turn_is_that_of_transformers_and_rewriting_templates_are_refused(fold
     rewrites = request.node.callspec.id in ("rewriting", "hiding")
     assert says("hides or rewrites", chat.new_tokens, turns) if rewrites else chat.new_tokens(turns)
 
-@pytest.mark.parametrize("terminal", [False, True])
-def test_every_token_passes_the_model_once(folder, terminal, monkeypatch, capsys):
+def test_every_token_passes_the_model_once(folder, monkeypatch, capsys):
     model, seen, prompts = Llama.from_pretrained(folder, "cpu", torch.float32), [], set()
     model.register_forward_hook(lambda _, args, out: seen.append((args[0][0].tolist(), out)))
     turns = iter(["One", "Two", "three " * 99, "Three", ""])  # what does not fit leaves no trace
     answers = iter([65, 66, 4097, 67, 68, 69, 4097])  # ended, cut, ended
     monkeypatch.setattr("builtins.input", lambda prompt: prompts.add(prompt) or next(turns))
-    monkeypatch.setattr("sys.stdin", SimpleNamespace(isatty=lambda: terminal))
+    monkeypatch.setattr("sys.stdin", SimpleNamespace(isatty=lambda: True))
     monkeypatch.setattr(generate, "sample", lambda *args: torch.tensor([next(answers)]))
     args = SimpleNamespace(model=folder, device="cpu", system="Be brief.", seed=0, temperature=0,
                            top_p=1, max_new_tokens=3, quiet=False)
@@ -159,7 +154,7 @@ def test_every_token_passes_the_model_once(folder, terminal, monkeypatch, capsys
     torch.testing.assert_close(seen[-1][1], logits, rtol=1e-3, atol=1e-3)
     out, error = capsys.readouterr()
     assert out.count("ms a token") == 3 and error.count("\n") == 1 and "do not fit" in error
-    assert prompts == {"> " if terminal else ""}
+    assert prompts == {"> "}  # to a terminal
 
 @pytest.mark.parametrize("folder", ["no system"], indirect=True)
 def test_a_chat_reads_lines_until_the_end_and_says_what_is_wrong_in_one(folder, monkeypatch):

@@ -59,24 +59,26 @@ def lossy(x, d, kind, sparsity):
     z = scale * z.clamp(-448, 448).to(torch.float8_e4m3fn).float()
     return (z[..., None] * D[indices]).sum(1).view_as(joined).transpose(2, 3).flatten(1, 2)
 
-@pytest.mark.parametrize("sinks, buffer, window, heads, piece, queries", [
-    (0, 8, 1, 1, 2**21, 16), (5, 8, 3, 1, 50, 2), (2, 0, 2, 2, 500, 3), (40, 20, 8, 1, 2**21, 16)])
+@pytest.mark.parametrize("sinks, buffer, window, heads, piece, queries, size", [
+    (0, 8, 1, 1, 2**21, 16, 1), (5, 8, 3, 1, 50, 2, 1e4), (2, 0, 2, 2, 500, 3, 1),
+    (40, 20, 8, 1, 2**21, 16, 1e-4)])
 def test_attention_is_that_over_what_comes_back_of_old_tokens_and_over_the_others_as_they_are(
-        sinks, buffer, window, heads, piece, queries, monkeypatch):
+        sinks, buffer, window, heads, piece, queries, size, monkeypatch):
     monkeypatch.setattr(lexico, "PIECE", piece)
     monkeypatch.setattr(lexico, "QUERIES", queries)
-    d, t, end = dictionaries(heads=heads), torch.arange(90), 0
-    cache, q = sparse(3, buffer, d, window, sinks=sinks, batch=2), torch.randn(2, 6, 90, 16)
-    kv = torch.randn(2, 2, 2, 90, 16)
+    d, t, end = dictionaries(scale=size / 20, heads=heads), torch.arange(90), 0
+    cache, q = sparse(3, buffer, d, window, sinks=sinks, batch=2), torch.randn(2, 6, 90, 16) / size
+    kv = size * torch.randn(2, 2, 2, 90, 16)
     kv[:, 0, 0, 9] *= 1e6  # coefficients beyond FP8 become its largest number, not NaN
     back = torch.stack([lossy(x, d, kind, 3) for kind, x in enumerate(kv)])
+    assert (back - kv)[:, 1].norm() < 0.8 * kv[:, 1].norm()  # scales bring all sizes into FP8
     for T in (30, *[1] * 20, 7, *[1] * 14, 2, 3, *[1] * 14):
         now, end = slice(end, end + T), end + T
         out, compressed = feed(cache, q[:, :, now], *kv[..., now, :])
         old = (t >= sinks) & (t < sinks + compressed)  # of a prompt, to itself, none
         seen, mask = torch.where(old[:, None], back, kv)[..., :end, :], t[:end] <= t[now, None]
         expected = F.scaled_dot_product_attention(q[:, :, now], *seen, mask, enable_gqa=True)
-        torch.testing.assert_close(out, expected, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(out, expected, rtol=1e-4, atol=1e-5 * size)
         waiting = end - min(end, sinks) - cache.compressed
         assert min(buffer, end - sinks) <= waiting <= buffer + window
 
@@ -160,7 +162,8 @@ def test_any_pursuit_can_code_all_and_omp_codes_all_layers_in_one_call(coding, m
         calls.append((*D.shape, *Y.shape))
         return pursuit(D, Y, sparsity)
 
-    calls, mine, d, x = [], partial(watched, strongest), dictionaries(), torch.randn(2, 1, 2, 20, 16)
+    calls, mine, d = [], partial(watched, strongest), dictionaries()
+    x = torch.randn(2, 1, 2, 20, 16)
     for kind, (indices, _) in enumerate(round_trip(x, 4, d, coding=coding, pursuit=mine)[0]):
         chosen = strongest(d.atoms[kind, 1], x[kind, 0] / d.scale[kind, 1], 4)[0]
         assert torch.equal(indices, chosen) and calls.pop() == (64, 16, 40, 16)
@@ -170,12 +173,6 @@ def test_any_pursuit_can_code_all_and_omp_codes_all_layers_in_one_call(coding, m
     monkeypatch.setattr(lexico, "omp_beam", watched)
     run(sparse(4, 2, d, 4, coding, pursuit=partial(watched, omp)), [20, *[1] * 9])
     assert calls == [(1, 64, 16, 1, 2 * 18, 16)] * 6 + [(6, 64, 16, 6, 2 * 4, 16)] * 2
-
-@pytest.mark.parametrize("size", [1e-4, 1.0, 1e4])
-def test_scales_bring_large_and_small_vectors_into_fp8(size):
-    x = size * torch.randn(2, 1, 2, 50, 16)
-    read, back = round_trip(x, 8, dictionaries(scale=size / 64))
-    assert (back - x).norm() < 0.4 * x.norm() and (read[1][1] != 0).float().mean() > 0.99
 
 @pytest.mark.parametrize("N, coding, nbytes, worse", [
     (64, "fp8", 12, 1.02), (64, "word", 9, 1.01), (4096, "word", 9, 1.15)])  # 10 bits a level, or 4

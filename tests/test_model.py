@@ -95,7 +95,7 @@ def test_weights_are_found_whole_in_shards_tied_or_not_and_of_several_types(fold
     model, tokens, whole = random_model(tied=True), torch.arange(9)[None], "model.safetensors"
     state, head = load_file(folder / whole), torch.randn(300, 32)
     mixed = {name: x.bfloat16() if x.dim() == 1 else x for name, x in state.items()}
-    shards = {f"{i}.safetensors": {name: x for name, x in state.items() if ("layers.0" in name) == i}
+    shards = {f"{i}.safetensors": {n: x for n, x in state.items() if ("layers.0" in n) == i}
               for i in range(2)}
     for files, index, tolerance in (
             ({whole: state}, {"gone.safetensors": state}, 1e-5),  # an old index is left over

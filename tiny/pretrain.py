@@ -154,9 +154,7 @@ def prepare(args, n_rows=3000):
 def init_weights(model):
     "GPT-2's initialisation: normal(0.02), less for the projections that write to x."
     for name, parameter in model.named_parameters():
-        if parameter.dim() == 1:
-            nn.init.constant_(parameter, 0.0 if name.endswith("bias") else 1.0)
-        else:
+        if parameter.dim() == 2:  # the others, weights of RMSNorm, are 1
             writes = name.endswith(("o_proj.weight", "down_proj.weight"))
             nn.init.normal_(parameter, std=0.02 / (2 * model.config.n_layers) ** (writes / 2))
     return model
