@@ -336,7 +336,8 @@ class SparseCache(Counters):
         super().__init__(atoms.device)
         table, (N, M) = np.broadcast_to(sparsity, (2, config.n_layers)), atoms.shape[2:]
         if coding not in CODINGS or N > CODINGS[coding].most_atoms:
-            raise InputError(f"coding '{coding}' is unknown, or too small for {N} atoms; use fp8")
+            raise InputError(f"coding '{coding}' holds no {N} atoms; use " + " or ".join(
+                f"{name} (up to {kind.most_atoms})" for name, kind in CODINGS.items()))
         if not 1 <= table.min() <= table.max() <= min(N, M) or min(buffer, window - 1, sinks) < 0:
             raise InputError(f"sparsity {sparsity} is not within 1 .. {min(N, M)} (N or M), "
                              f"or buffer {buffer}, window {window} or sinks {sinks} is too low")
