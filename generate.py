@@ -81,7 +81,7 @@ def generate(model, cache, prompt, count, choose, record=False, ends=()):
     for i in range(count):
         start = clock(device)
         logits = step() if i else model(prompt, cache, last_only=True)[:, -1]
-        if i == 0 and not logits.isfinite().all():
+        if not logits.isfinite().all():
             raise InputError(f"the model's output is no finite number in {str(logits.dtype)[6:]}; "
                              "try --dtype float32, or other weights")
         token.copy_(choose(logits)[:, None])
@@ -121,8 +121,9 @@ def summary(steps, ended, prompt):
 
 def describe(name, s):
     """A summary, as one reads it."""
-    cache, parts, of_it = s["cache"], "", ""
+    cache, of_it = s["cache"], ""
     sizes = {part: size(n) for part, n in cache.items()}
+    parts = f", {sizes['dense']} in 16 bit"
     if "vector" in cache:
         parts = (f", codes {sizes['codes']}, buffer {sizes['buffer']}: "
                  f"{cache['total'] / cache['dense']:.1%} of a dense 16-bit cache "
@@ -226,7 +227,8 @@ def chat(args, model, tokenizer, cache):
 
 def read_sparsity(text):
     """A number of coefficients, or "auto:20%" as a share."""
-    return float(text[5:-1]) / 100 if text[:5] == "auto:" and text[-1] == "%" else int(text)
+    with door(f"--sparsity {text} is no whole number, nor like auto:20%", "give one of the two"):
+        return float(text[5:-1]) / 100 if text[:5] == "auto:" and text[-1] == "%" else int(text)
 
 def read_pursuit(text):
     """The function that "my_file.py:my_function" names."""
@@ -245,9 +247,9 @@ def read_prompt(args):
             text = (sys.stdin.buffer.read() if source == "-" else
                     Path(source).expanduser().read_bytes()).decode()
         text.encode()  # fails for what a terminal gave that is no text
-    if not text.strip():
+    if not (text := plain_text(text)).strip():
         raise InputError("the prompt is empty; give some text with --prompt or --prompt-file")
-    return plain_text(text)
+    return text
 
 def parse_arguments():
     parser = Parser(description=__doc__.partition("\n")[0], allow_abbrev=False)

@@ -11,9 +11,10 @@ Attention needs neither K nor V back. With q one query, and t running over the c
     score_t = <q, k_t>   becomes  sum_j z_tj (q D_k^T)_(n_tj)    N products once, s look-ups a token
     out = sum_t p_t v_t  becomes  w D_v,   w_n = sum of p_t z_tj over all (t, j) with n_tj = n
 
-so both work on tables of N numbers. The newest tokens stay dense in a buffer, and one softmax runs
-over both parts. A prompt attends exactly, and is coded layer by layer as it passes. Ours, beside
-what was published: words of levels, sparsities by dictionary, dense first tokens, joined heads."""
+times 1 / sqrt(m) and a dictionary's scale. Both work on tables of N numbers. The newest tokens
+stay dense in a buffer, and one softmax runs over both parts. A prompt attends exactly, and is coded
+layer by layer as it passes. Ours, beside what was published: words of levels, a sparsity for each
+dictionary, first tokens that stay dense (sinks), several heads as one vector."""
 
 import json
 from pathlib import Path
@@ -36,7 +37,6 @@ PIECE, QUERIES = 2**21, 16  # numbers that attention over codes holds at a time,
 
 class Dictionaries:
     """The 2 L dictionaries of a model, with what is known of their making.
-
     atoms: (2, L, N, M), unit norm. M = heads x head_dim: a vector spans so many KV heads of a layer
     (1 in the paper). scale: (2, L), what a stored coefficient of 1 stands for, so that 8 bits serve
     large keys and small values alike. shape: of the model (see shape_of)."""
@@ -59,19 +59,19 @@ class Dictionaries:
     def allocate(self, share, coding):
         """Sparsity (2, L) of each dictionary, so that a vector takes `share` of its 16-bit bytes on
         average and the model's output suffers least. Ours: it halves the divergence, and more.
-
         train_dict.py measured the divergence that each dictionary alone causes at a few sparsities.
         Between them it falls about exponentially, and those of several about add up: so spend bytes
-        step by step, where they help most. Equal sparsities are coded at once: hence few offers."""
+        step by step, where they help most. Dictionaries of equal sparsity are coded in one call: so
+        only nine sparsities are offered."""
         if "divergence" not in self.metadata:
             raise InputError("this dictionary holds no divergences to allocate sparsity by; give "
                              "--sparsity a number, or learn it anew with train_dict.py")
         M, tried = self.atoms.shape[3], np.array(self.metadata["divergence"]["sparsity"])
-        kl = np.log(np.maximum(self.metadata["divergence"]["kl"], 1e-9)).reshape(-1, len(tried))
+        log_kl = np.log(np.maximum(self.metadata["divergence"]["kl"], 1e-9)).reshape(-1, len(tried))
         offers = np.unique(-(-M * np.array((2, 3, 4, 6, 8, 11, 15, 20, 26)) // 64))
-        after = np.searchsorted(tried, offers).clip(1, len(tried) - 1)  # a measured one, and before
-        slope = (kl[:, after] - kl[:, after - 1]) / (tried[after] - tried[after - 1])
-        harm = np.exp(kl[:, after - 1] + slope * (offers - tried[after - 1]))  # (2 L, offers)
+        after = np.searchsorted(tried, offers).clip(1, len(tried) - 1)  # measured at or above
+        slope = (log_kl[:, after] - log_kl[:, after - 1]) / (tried[after] - tried[after - 1])
+        harm = np.exp(log_kl[:, after - 1] + slope * (offers - tried[after - 1]))  # (2 L, offers)
         size = np.array([CODINGS[coding].nbytes_each(s) for s in offers]) / (2 * M)  # as shares
         if not size[0] <= share <= size[-1]:
             raise InputError(f"--sparsity auto:{100 * share:g}% is outside {size[0]:.1%} .. "
@@ -113,14 +113,14 @@ class Dictionaries:
             keys, values, scale = map(file.get_tensor, ("keys", "values", "scale"))
             atoms, about = torch.stack((keys, values)).to(dtype), json.loads(header["about"])
             (L, _, M), shape = keys.shape, about["shape"]
-            harm = about.get("divergence", {"kl": np.ones((2, L, 2)), "sparsity": (1, 2)})
-            kl, tried = (np.array(harm[name], float) for name in ("kl", "sparsity"))
+            measured = about.get("divergence", {"kl": np.ones((2, L, 2)), "sparsity": (1, 2)})
+            kl, tried = (np.array(measured[name], float) for name in ("kl", "sparsity"))
             if not (shape["n_layers"] == L and M % shape["head_dim"] == 0 and scale.shape == (2, L)
                     and kl.shape == (2, L, len(tried)) and (kl >= 0).all() and len(tried) > 1
-                    and (np.diff(tried, prepend=0) > 0).all() and atoms.isfinite().all()
-                    and scale.log().isfinite().all()):  # so it is above 0, too
-                raise ValueError("NaN, a scale that is not above 0, or shapes that do not agree")
-        return cls(atoms.to(device), scale.to(device), **about)
+                    and (np.diff(tried, prepend=0) > 0).all() and scale.log().isfinite().all()
+                    and ((atoms.float().norm(dim=-1) - 1).abs() < 0.02).all() and keys.numel()):
+                raise ValueError("NaN, atoms not of length 1, a scale not above 0, or other shapes")
+            return cls(atoms.to(device), scale.to(device), **about)
 
     @classmethod
     def find(cls, model):
@@ -140,15 +140,17 @@ def shape_of(config):
 # ---- Codes: how indices and coefficients are stored ----------------------------------------------
 
 class Codes:
-    """The coded vectors of one dictionary, (B, H, capacity) of them, with s coefficients each.
+    """The coded vectors of one dictionary, (B, H / heads, capacity) of them, s coefficients each.
 
     D: (N, M) atoms. scale: (), what a stored coefficient of 1 stands for. parts: two tensors,
-    (B, H, capacity, .), whose last dimension and type a subclass names in `columns`. It also says
-    how vectors Y (n, B, M) over D (n, N, M) become parts, and parts indices and coefficients."""
+    (B, H / heads, capacity, .), whose last dimension and type a subclass names in `columns`. Its
+    encode turns vectors Y (n, V, M) over D (n, N, M) into parts, its decode parts into indices and
+    coefficients. level_bits: of a level, 0 for a format without levels."""
+    most_atoms, level_bits = 2**15, staticmethod(lambda n_atoms: 0)
 
-    def __init__(self, D, scale, sparsity, batch, kv_heads):
+    def __init__(self, D, scale, sparsity, batch, vectors):
         self.D, self.scale, self.sparsity, self.bits = D, scale, sparsity, self.level_bits(len(D))
-        self.parts = [torch.empty(batch, kv_heads, 0, width, dtype=dtype, device=D.device)
+        self.parts = [torch.empty(batch, vectors, 0, width, dtype=dtype, device=D.device)
                       for width, dtype in self.columns(sparsity)]
 
     def reserve(self, capacity):
@@ -181,7 +183,6 @@ def with_room(x, tokens):
 class FP8Codes(Codes):
     """The published format, 3 s bytes: s int16 indices, s coefficients in FP8 E4M3 (a sign, 4 bits
     of exponent, 3 of mantissa). What is larger than E4M3's largest number, 448, becomes that."""
-    most_atoms, level_bits = 2**15, staticmethod(lambda n_atoms: 0)
     columns = staticmethod(lambda s: ((s, torch.int16), (s, torch.float8_e4m3fn)))
     numbers = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn).float()  # of each byte
 
@@ -215,6 +216,22 @@ CODINGS = {"fp8": FP8Codes, "word": WordCodes}
 
 # ---- Attention over codes ------------------------------------------------------------------------
 
+def scores_over_codes(q, D, indices, coefficients):
+    """<q, z D> of every query and coded token, without z D. q: (P, R, m), R queries for each of the
+    P codes of a token, head by head. D: (N, M), where a query meets the m numbers of its own head.
+    indices, coefficients: (P, T, s). Returns (P, R, T)."""
+    (P, R, m), (T, s), (N, M) = q.shape, indices.shape[1:], D.shape
+    q, D = q.unflatten(1, (M // m, -1)), D.unflatten(1, (M // m, m))
+    table = torch.einsum("phrm,nhm->pnhr", q, D)  # every query with every atom
+    out = F.embedding_bag(in_one_table(indices, N).view(P * T, s), table.reshape(P * N, R),
+                          per_sample_weights=coefficients.reshape(P * T, s), mode="sum")
+    return out.view(P, T, R).mT
+
+def add_over_codes(w, p, indices, coefficients):
+    """Add p z to the table w (P, R, N), at z's indices. p: (P, R, T), codes: (P, T, s)."""
+    targets = indices.flatten(1)[:, None].long().expand(-1, w.shape[1], -1)  # (P, R, T s)
+    w.scatter_add_(2, targets, (p[..., None] * coefficients[:, None]).flatten(2))
+
 def attend_codes(q, key_codes, value_codes, compressed, keys, values, seen):
     """Attention over coded tokens and dense ones, in one softmax.
 
@@ -239,7 +256,7 @@ def attend_codes(q, key_codes, value_codes, compressed, keys, values, seen):
     w = p.new_zeros(*p.shape[:2], len(Dv))
     for start, end in pieces:
         add_over_codes(w, p[..., start:end], *value_codes.read(start, end))
-    # Of the atoms that a code of several heads adds up, a query takes its own head's part.
+    # w counts whole atoms. A query takes from each the m numbers of its own head.
     out = torch.einsum("phrn,nhm->phrm", w.unflatten(1, (heads, -1)), Dv.unflatten(1, (heads, m)))
     dense = p[..., n:].reshape(B * H, -1, S) @ values.flatten(0, 1).float()  # (B H, G T, m)
     return (out.reshape(dense.shape) * value_codes.scale + dense).view(q.shape).to(q.dtype)
@@ -252,27 +269,11 @@ def split(x, heads):
     """The other way: (..., H / heads, T, heads m) as (..., H, T, m)."""
     return x.unflatten(-1, (heads, -1)).transpose(-3, -2).flatten(-4, -3)
 
-def scores_over_codes(q, D, indices, coefficients):
-    """<q, z D> of every query and coded token, without z D. q: (P, R, m), R queries for each of the
-    P codes of a token, head by head. D: (N, M), where a query meets the m numbers of its own head.
-    indices, coefficients: (P, T, s). Returns (P, R, T)."""
-    (P, R, m), (T, s), (N, M) = q.shape, indices.shape[1:], D.shape
-    q, D = q.unflatten(1, (M // m, -1)), D.unflatten(1, (M // m, m))
-    table = torch.einsum("phrm,nhm->pnhr", q, D)  # every query with every atom
-    out = F.embedding_bag(in_one_table(indices, N).view(P * T, s), table.reshape(P * N, R),
-                          per_sample_weights=coefficients.reshape(P * T, s), mode="sum")
-    return out.view(P, T, R).mT
-
-def add_over_codes(w, p, indices, coefficients):
-    """Add p z to the table w (P, R, N), at z's indices. p: (P, R, T), codes: (P, T, s)."""
-    targets = indices.flatten(1)[:, None].long().expand(-1, w.shape[1], -1)  # (P, R, T s)
-    w.scatter_add_(2, targets, (p[..., None] * coefficients[:, None]).flatten(2))
-
 # ---- Caches --------------------------------------------------------------------------------------
 
 class Counters:
-    """Tokens that a cache has seen, and how many of them are coded: on the host, for shapes, and on
-    the device, where a recorded step reads them."""
+    """How many tokens a cache has seen and coded: length and compressed on the host, for shapes;
+    position and boundary, the same numbers on the device, where a recorded step reads them."""
 
     def __init__(self, device):
         self.length = self.compressed = self.leaving = 0  # leaving: those that a step codes
@@ -291,7 +292,6 @@ class Counters:
 
 class DenseCache(Counters):
     """Every key and value as it is: the baseline, (2, L, B, H, capacity, m)."""
-
     replayable = True  # a decoding step is the same launches at every length
 
     def __init__(self, config, batch=1, capacity=0, device=None, dtype=torch.float32):
@@ -327,7 +327,6 @@ class SparseCache(Counters):
     tokens, dense for good. batch: sequences of one length. capacity: tokens to reserve room for.
     coding: how codes are stored (CODINGS). pursuit: a function (D, Y, sparsity) -> indices,
     coefficients for D (N, m) and Y (B, m). dtype: of what is dense."""
-
     replayable = False  # until a step was seen to be the same launches at every length
 
     def __init__(self, config, dictionaries, sparsity=8, buffer=32, window=16, sinks=0, batch=1,
@@ -341,14 +340,15 @@ class SparseCache(Counters):
         if not 1 <= table.min() <= table.max() <= min(N, M) or min(buffer, window - 1, sinks) < 0:
             raise InputError(f"sparsity {sparsity} is not within 1 .. {min(N, M)} (N or M), "
                              f"or buffer {buffer}, window {window} or sinks {sinks} is too low")
-        self.config, self.dictionaries, self.sinks = config, dictionaries, sinks
+        self.dictionaries, self.sinks = dictionaries, sinks
         self.buffer, self.window, self.ring = buffer, window, buffer + window
         # A search that was written for one dictionary is called for one after the other.
         batched = getattr(pursuit, "func", pursuit) in (omp, omp_beam)
         self.pursuit = pursuit if batched else one_by_one(pursuit)
         vectors = config.kv_heads // dictionaries.heads  # of a token, for each dictionary
-        self.codes = {key: CODINGS[coding](atoms[key], scale[key], int(table[key]), batch, vectors)
-                      for key in np.ndindex(table.shape)}  # key: (kind, layer)
+        self.codes = {  # (kind, layer) -> Codes
+            pair: CODINGS[coding](atoms[pair], scale[pair], int(table[pair]), batch, vectors)
+            for pair in np.ndindex(table.shape)}
         for codes in self.codes.values():
             codes.reserve(max(0, capacity - buffer - sinks))
         # Dense tokens lie in slots: the sinks first, each for good, then a ring (see slot_of). Keys
@@ -377,8 +377,8 @@ class SparseCache(Counters):
         # As many of the ring's and of the new tokens as pass the buffer are coded at once.
         self.leaving = max(0, self.waiting + T - self.buffer) if T > 1 else 0
         if T == 1:
-            self.tokens, first = self.position.view(1), self.sinks + self.boundary  # not coded
-            newest = self.position - (self.position - self.slots) % self.ring  # in the ring's slots
+            self.tokens, first = self.position.view(1), self.sinks + self.boundary
+            newest = self.position - (self.position - self.slots) % self.ring  # in each slot
             self.seen = torch.where(self.slots < self.sinks, self.slots <= self.position,
                                     newest >= first)[None]  # (1, S)
         else:
@@ -419,13 +419,13 @@ class SparseCache(Counters):
         coded = self.boundary + torch.arange(self.window, device=self.slots.device)
         oldest = self.dense.index_select(4, self.slot_of(self.sinks + coded))
         for s in {codes.sparsity for codes in self.codes.values()}:  # equal ones are coded at once
-            keys = [key for key, codes in self.codes.items() if codes.sparsity == s]
-            self.encode(keys, coded, torch.stack([oldest[key] for key in keys]))
+            pairs = [pair for pair, codes in self.codes.items() if codes.sparsity == s]
+            self.encode(pairs, coded, torch.stack([oldest[pair] for pair in pairs]))
         self.advance(compressed=self.window)
 
-    def encode(self, keys, positions, x):
+    def encode(self, pairs, positions, x):
         """Code x (n, B, H, T, m), of n dictionaries of one sparsity, as tokens `positions` (T,)."""
-        group, D = [self.codes[key] for key in keys], self.dictionaries.atoms.flatten(0, 1)
+        group, D = [self.codes[pair] for pair in pairs], self.dictionaries.atoms.flatten(0, 1)
         if len(group) < len(self.codes):  # all of them are there without a copy
             D = torch.stack([codes.D for codes in group])
         scale = torch.stack([codes.scale for codes in group]).view(-1, 1, 1, 1, 1)

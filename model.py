@@ -163,23 +163,23 @@ class Llama(nn.Module):
 def read_weights(folder, device, dtype):
     """name -> tensor of a folder's model.safetensors, or else of the shards that its index names.
     Tensors of several types become one, the widest."""
-    files, index, weights = ["model.safetensors"], folder / "model.safetensors.index.json", {}
+    files, weights = ["model.safetensors"], {}
     with door(f"weights of '{folder}' cannot be read", "fetch them again"):
         if not (folder / files[0]).is_file():
-            if not index.is_file():
+            if not (folder / "model.safetensors.index.json").is_file():
                 raise missing(folder, files[0])
-            files = sorted(set(read_json(index)["weight_map"].values()))
-        for file in files:  # of this folder alone, whatever path an index gives
+            files = read_json(folder / "model.safetensors.index.json")["weight_map"].values()
+        for file in sorted(set(files)):  # of this folder alone, whatever path an index gives
             weights |= load_file(folder / Path(file).name)
     weights = {name.removeprefix("model."): tensor for name, tensor in weights.items()
                if not name.endswith("inv_freq")}  # which a Llama computes
     kinds = {tensor.dtype for tensor in weights.values()}
-    widest = functools.reduce(torch.promote_types, kinds & FLOATS, torch.bfloat16)
+    widest = functools.reduce(torch.promote_types, kinds & FLOATS or {torch.bfloat16})
     for name, tensor in weights.items():
         if tensor.dtype not in FLOATS:
             raise InputError(f"weights of '{folder}': {name} is {str(tensor.dtype)[6:]}; quantised "
                              "weights are not supported, give the model in 16 or 32 bits")
-        if not torch.stack(tensor.aminmax()).isfinite().all():
+        if tensor.numel() and not torch.stack(tensor.aminmax()).isfinite().all():
             raise InputError(f"weights of '{folder}': {name} holds NaN or infinity; fetch it again")
         weights[name] = tensor.to(device, dtype or widest)
     return weights
@@ -271,7 +271,7 @@ class Config:
             return cls.from_hf(hf)
 
 def checked(values, name, kind):
-    """values[name], if it is of its kind and makes sense (what is no number never does)."""
+    """values[name], if it is of its kind and makes sense (NaN never does)."""
     value, (least, most) = values.get(name), RANGES[kind]
     typed = type(value) is kind or kind is float and type(value) is int
     if not typed or not least <= value <= most:
@@ -363,7 +363,8 @@ class Llama3Tokenizer(Tokenizer):
 
     def encode(self, text, bos=True, special=False):
         names = set(self.special) if special else set()
-        ids = self.backend.encode(text, allowed_special=names, disallowed_special=())
+        with door("the tokenizer does not take this text", "fetch it again, or change the text"):
+            ids = self.backend.encode(text, allowed_special=names, disallowed_special=())
         return [self.special["<|begin_of_text|>"]] * bos + ids
 
     def decode(self, ids):
@@ -419,9 +420,9 @@ def door(what, way_out):
     """Where something comes in from outside: whatever fails within is bad input."""
     try:
         yield
-    except InputError:
+    except (InputError, KeyboardInterrupt, SystemExit, GeneratorExit):
         raise
-    except Exception as error:
+    except BaseException as error:  # for so the panics of `tokenizers` are derived
         raise InputError(f"{what} ({type(error).__name__}: {error}); {way_out}") from None
 
 def best_device():

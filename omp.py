@@ -203,9 +203,9 @@ def solve(D, indices, Q, Qy, bits=0):
     if not bits:
         return indices, z
     limit, level = 2 ** (bits - 1) - 1, torch.zeros_like(z)
-    e = 16 * (torch.log2(z.abs().amax(dim=-1, keepdim=True) / limit) + 8)  # the largest about fits
+    e = 16 * (torch.log2(z.abs().amax(dim=-1, keepdim=True) / limit) + 8)  # |z| <= limit steps
     e = e.round().clamp(0, 255)  # (L, B, 1)
-    U, Qy = U * torch.exp2(e / 16 - 8)[..., None], Qy.clone()  # U in steps
+    U, Qy = U * torch.exp2(e / 16 - 8)[..., None], Qy.clone()  # for z counted in steps
     for k in reversed(range(z.shape[-1])):
         level[..., k] = (Qy[..., k] / U[..., k, k]).round().clamp(-limit, limit)
         Qy -= U[..., k] * level[..., k, None]

@@ -35,7 +35,7 @@ from model import Config, InputError, Llama, NoCache, Tokenizer, door
 from omp import omp, omp_levels, reconstruct, relative_error
 
 HELD_OUT = 0.05  # the last part of every file, never learned from
-SINKS = 4  # first tokens that a cache keeps dense, as it does by default
+SINKS = 4  # first tokens left dense while the divergence of dictionaries is measured
 
 # ---- Vectors of a text, and what coding them does to the model -----------------------------------
 
@@ -289,11 +289,13 @@ def load_checkpoint(path, settings, steps, state, mine):
     with door(f"--resume: {path} is absent, damaged or of another shape", "start without --resume"):
         step, made_with, saved = torch.load(path, map_location="cpu", mmap=True)
         other = ["--%s %s" % option for option in sorted(made_with.items() - settings.items())]
-        if other:
+        if made_with != settings:
             raise InputError(f"{path} was made with {', '.join(other)}; repeat that, or delete it")
         if type(step) is not int or not 0 < step <= steps:
             raise ValueError(f"step {step} of {steps}")
         for name, tensor in state.items():
+            if saved[name][mine].shape != tensor.shape or not saved[name].isfinite().all():
+                raise ValueError(f"{name} is of another shape, or not finite")
             tensor.copy_(saved[name][mine])
     return step
 
@@ -353,6 +355,8 @@ def run_program(main):
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")  # a terminal need not know every character
+    if hasattr(sys.stdin, "reconfigure"):
+        sys.stdin.reconfigure(encoding="utf-8", errors="strict")
     try:
         sys.exit(main())
     except KeyboardInterrupt:
@@ -360,7 +364,7 @@ def run_program(main):
     except BrokenPipeError:  # whoever read our output has left
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(141)
-    except InputError as error:
+    except (InputError, OSError) as error:  # such as a full disk behind standard output
         message = error
     except (MemoryError, RuntimeError) as error:
         if isinstance(error, RuntimeError) and "allocate" not in str(error):  # as torch says it

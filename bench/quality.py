@@ -34,7 +34,7 @@ from bench import peers
 from lexico import CODINGS, KEYS, VALUES, Dictionaries, join, split
 from model import InputError, Llama, NoCache, Tokenizer, best_device, door
 from omp import omp, omp_beam, reconstruct
-from train_dict import (Parser, Simulated, Text, between, output_file, read_text, run_program)
+from train_dict import Parser, Simulated, Text, between, output_file, read_text, run_program
 
 # ---- Methods -------------------------------------------------------------------------------------
 
@@ -92,8 +92,8 @@ class Judge:
         starts = [rng.randrange(len(ids) - length) for _ in range(rows)]
         spare = [i for i in range(0, len(ids) - length, length)
                  if all(abs(i - start) >= length for start in starts)]
-        self.rows, self.spare = (torch.tensor([(bos + ids[i:])[:length] for i in places],
-                                              device=best_device()) for places in (starts, spare))
+        self.rows, self.spare = (torch.tensor([(bos + ids[i:])[:length] for i in places]).to(
+            model.norm.weight.device) for places in (starts, spare))
         self.full = [self.log_p(row, lambda start: NoCache()) for row in self.rows]
         for i in range(facts):  # one of eight facts in a text, told at any depth
             from pretrain import recall

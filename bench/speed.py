@@ -28,9 +28,9 @@ from model import Config, Llama, door
 from omp import omp, omp_levels
 from train_dict import Parser, between, run_program
 
-def milliseconds(function):
+def milliseconds(function, cuda):
     """Median time of function(), once it is warm; on a GPU as a CUDA graph, the device's time."""
-    if torch.cuda.is_available():
+    if cuda:
         from triton.testing import do_bench_cudagraph
         return do_bench_cudagraph(function, return_mode="median")
     function()
@@ -49,8 +49,8 @@ def time_omp(args):
             D = F.normalize(torch.randn(L, N, 128, device=args.device), dim=-1).to(args.dtype)
             Y, bits = torch.randn(L, B, 128, device=args.device), CODINGS["word"].level_bits(N)
             print(f"  {L:2d} x {B:5d} vectors, N = {N}, s = {s:2d}: "
-                  f"fp8 {milliseconds(lambda: omp(D, Y, s)):8.3f}, "
-                  f"word {milliseconds(lambda: omp_levels(D, Y, s, bits)):8.3f}")
+                  f"fp8 {milliseconds(lambda: omp(D, Y, s), args.cuda):8.3f}, "
+                  f"word {milliseconds(lambda: omp_levels(D, Y, s, bits), args.cuda):8.3f}")
 
 def time_attention(args):
     """a token's attention in one layer of Llama-3.1-8B's shape: over a dense cache, over codes that
@@ -66,7 +66,7 @@ def time_attention(args):
         q = torch.randn(B, 32, 1, 128, device=args.device, dtype=args.dtype)
         kv = torch.randn(L, 2, B, 8, T, 128, device=args.device, dtype=args.dtype)
         row = [milliseconds(lambda: [F.scaled_dot_product_attention(q, *layer, enable_gqa=True)
-                                     for layer in kv])]
+                                     for layer in kv], args.cuda)]
         del kv
         for coding, zipf in (("fp8", False), ("fp8", True), ("word", False), ("word", True)):
             cache = SparseCache(config, d, args.sparsity, 128, 1, 0, B, T, coding, dtype=args.dtype)
@@ -81,7 +81,7 @@ def time_attention(args):
             steps = [(q, cache.codes[0, i], cache.codes[1, i], cache.boundary, *cache.dense[:, i],
                       cache.seen) for i in range(L)]
             attend = attend_codes if attend_fused(*steps[0]) is None else attend_fused
-            row.append(milliseconds(lambda: [attend(*step) for step in steps]))
+            row.append(milliseconds(lambda: [attend(*step) for step in steps], args.cuda))
         print(f"{B:2d} x {T:6d} tokens" + "".join(f"{1e3 * ms / L:11.1f}" for ms in row))
 
 def time_decode(args):
