@@ -16,7 +16,7 @@ from math import inf
 from pathlib import Path
 from statistics import fmean
 
-os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # busy cores: waiting threads must not spin
+os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # waiting threads soon sleep: cores may be busy
 import torch
 import torch.nn.functional as F
 
@@ -227,7 +227,7 @@ def chat(args, model, tokenizer, cache):
 
 def read_sparsity(text):
     """A number of coefficients, or "auto:20%" as a share."""
-    with door(f"--sparsity {text} is no whole number, nor like auto:20%", "give one of the two"):
+    with door(f"--sparsity: '{text}' is no whole number, nor like auto:20%", "give one of these"):
         return float(text[5:-1]) / 100 if text[:5] == "auto:" and text[-1] == "%" else int(text)
 
 def read_pursuit(text):

@@ -24,7 +24,7 @@ from math import ceil, inf
 from pathlib import Path
 
 import numpy as np
-os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # busy cores: waiting threads must not spin
+os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # waiting threads soon sleep: cores may be busy
 import torch
 import torch.nn.functional as F
 from tqdm import tqdm
