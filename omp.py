@@ -39,7 +39,7 @@ def omp(D, Y, sparsity, tol=None):
     met tol. Atoms of the others are distinct. Raises ValueError for what does not fit."""
     D3, Y3 = with_batch(D, Y, sparsity)
     found = omp_fused(D3, Y3, sparsity) if tol is None else None
-    return like(Y, found or sliced(lambda D, Y: solve(D, *pursue(D, Y, sparsity, tol)), D3, Y3))
+    return shape_as(Y, found or sliced(lambda D, Y: solve(D, *pursue(D, Y, sparsity, tol)), D3, Y3))
 
 @torch.no_grad()
 def omp_beam(D, Y, sparsity, width):
@@ -55,7 +55,7 @@ def omp_beam(D, Y, sparsity, width):
         return omp(D, Y, sparsity)
     found = sliced(lambda D, Y: solve(D, *pursue_beam(D, Y, sparsity, width)),
                    *with_batch(D, Y, sparsity), each=width**2)
-    return like(Y, found)
+    return shape_as(Y, found)
 
 @torch.no_grad()
 def omp_levels(D, Y, sparsity, bits, pursuit=omp):
@@ -70,7 +70,7 @@ def omp_levels(D, Y, sparsity, bits, pursuit=omp):
     else:
         indices = pursuit(D, Y, sparsity)[0].reshape(*Y3.shape[:2], -1)
         found = sliced(lambda D, Y, indices: solve(D, *basis(D, Y, indices), bits), D3, Y3, indices)
-    return like(Y, found)
+    return shape_as(Y, found)
 
 def one_by_one(pursuit):
     """A pursuit for one dictionary (N, m) and its vectors (B, m), as one for a batch of them."""
@@ -99,7 +99,7 @@ def sliced(function, D, Y, *others, each=1):
     results = [function(D, *part) for part in slices]
     return tuple(torch.cat(result, dim=1) for result in zip(*results))
 
-def like(Y, found):
+def shape_as(Y, found):
     """Results (L, B, .) in the shape of Y, with or without the batch of dictionaries."""
     return tuple(x.view(*Y.shape[:-1], x.shape[-1]) for x in found)
 

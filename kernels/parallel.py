@@ -20,7 +20,7 @@ def world(device=None):
         if device.type == "cuda":  # kernels and graphs go to what is the current one
             device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", device.index or 0)))
             if device.index >= torch.cuda.device_count():
-                raise ValueError(f"torch {torch.__version__} finds {torch.cuda.device_count()} GPUs")
+                raise ValueError(f"torch finds {torch.cuda.device_count()} GPUs")
             torch.cuda.set_device(device)
         elif device.index:
             raise ValueError(f"there is one {device.type}")

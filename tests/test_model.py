@@ -172,8 +172,9 @@ print(sum(p.sum().item() for p in model.parameters()) and peak() - before)"""
 
 # ---- Tokenizer -----------------------------------------------------------------------------------
 
-PIECES = [" ", "  ", "\n", "\r\n", "\t", "'s", "'LL", "12", " 7", "3456", "the ", " cat", "é", "ü",
-          "\u3000", "²", "Ⅷ", "e\u0301", "\u00a0", "<|end_of_text|>", "<think>", "<eot> ", "ш", "🦙"]
+PIECES = [" ", "  ", "\n", "\r\n", "\t", "'s", "'LL", "12", " 7", "3456", "the ", " cat", "é",
+          "ü", "\u3000", "²", "Ⅷ", "e\u0301", "\u00a0", "<|end_of_text|>", "<think>",
+          "<eot> ", "ш", "🦙"]
 EVERY = [chr(code) for code in range(0x110000) if not 0xD800 <= code < 0xE000]
 
 def read_tokenizer(folder, change):
