@@ -18,6 +18,8 @@ import base64
 import functools
 import itertools
 import json
+import os
+import sys
 from contextlib import contextmanager
 from dataclasses import dataclass
 from math import inf, pi
@@ -112,7 +114,6 @@ class Layer(nn.Module):
 
 class Llama(nn.Module):
     verbose = False  # whether a prompt that takes long shows a bar on stderr
-
     def __init__(self, config):
         super().__init__()
         self.config = config
@@ -289,7 +290,6 @@ LLAMA3_SPECIAL = {"<|begin_of_text|>": 128000, "<|end_of_text|>": 128001, "<|eot
 class Tokenizer:
     """Text to ids and back, by Hugging Face's `tokenizers`. special: special tokens' ids by name;
     in a text they are only text."""
-
     def __init__(self, backend):
         self.backend, self.token = backend, backend.id_to_token
         backend.no_truncation()
@@ -304,7 +304,7 @@ class Tokenizer:
         """Ids of a text, as tokenizer.json says. bos: with what begins (or ends) every text.
         special: whether names of special tokens in the text mean these tokens."""
         self.backend.encode_special_tokens = not special
-        with door("the tokenizer does not take this text", "fetch it again, or change the text"):
+        with door("the tokenizer does not take this text", "give another text"), silenced():
             return self.backend.encode(text, add_special_tokens=bos).ids
 
     def decode(self, ids):
@@ -344,7 +344,7 @@ class Tokenizer:
         folder = find_folder(name_or_path)
         path, other = folder / "tokenizer.json", folder / "tokenizer.model"
         if path.is_file():
-            with door(f"{path} is damaged", "fetch it again"):
+            with door(f"{path} is damaged", "fetch it again"), silenced():
                 return cls(tokenizers.Tokenizer.from_file(str(path)))
         if not other.is_file():
             raise missing(folder, path.name)
@@ -356,7 +356,6 @@ class Tokenizer:
 
 class Llama3Tokenizer(Tokenizer):
     """The same for a tokenizer.model, by tiktoken."""
-
     def __init__(self, backend):
         self.backend, self.special = backend, LLAMA3_SPECIAL
         self.token = lambda i: backend.decode([i])
@@ -410,7 +409,6 @@ def read_json(path, required=True):
 
 class InputError(Exception):
     """Bad input, in one line: the thing, the value, the way out. Programs print it and exit 2."""
-
     def __str__(self):
         text = " ".join(super().__str__().split())
         return text if len(text) < 600 else f"{text[:300]} ... {text[-300:]}"
@@ -424,6 +422,21 @@ def door(what, way_out):
         raise
     except BaseException as error:  # for so the panics of `tokenizers` are derived
         raise InputError(f"{what} ({type(error).__name__}: {error}); {way_out}") from None
+
+@contextmanager
+def silenced():
+    """Without the lines that `tokenizers`, written in Rust, prints by itself when it panics."""
+    if sys.stderr is None:  # a closed one
+        yield
+        return
+    kept, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 2)
+    try:
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+        os.close(nowhere)
 
 def best_device():
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")

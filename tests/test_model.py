@@ -220,3 +220,11 @@ def test_tiktoken_files_are_read(tmp_path):
 def test_a_text_that_the_tokenizer_does_not_know_is_refused(tmp_path):
     unigram = {"type": "Unigram", "vocab": [["a", 0.0]], "unk_id": None}
     assert says("unk_id", read_tokenizer(tmp_path, {"model": unigram})[0].encode, "b")
+
+def test_a_tokenizer_that_panics_is_refused_in_one_line_and_prints_none_of_its_own(tmp_path, capfd):
+    hf = json.loads((TINY / "tokenizer.json").read_text())
+    hf["normalizer"] = {"type": "Precompiled", "precompiled_charsmap": "AAAA"}
+    (tmp_path / "tokenizer.json").write_text(json.dumps(hf))
+    with pytest.raises(InputError, match="tokenizer.json is damaged"):
+        Tokenizer.from_pretrained(tmp_path)
+    assert capfd.readouterr().err == ""
