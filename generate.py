@@ -264,7 +264,7 @@ def parse_arguments():
         "(default) auto:20%%: those that serve best in 20%% of a vector's 16-bit size on average")
     add("--buffer", type=number(int, 0, 2**24), default=32, help="newest tokens kept dense (32)")
     add("--window", type=number(int, 1, 2**24), default=16, help="tokens coded at a time (16)")
-    add("--sinks", type=number(int, 0, 2**24), default=0, help="first tokens kept dense (0)")
+    add("--sinks", type=number(int, 0, 2**24), default=4, help="first tokens kept dense (4)")
     add("--coding", choices=CODINGS, default="word", help="how codes are stored (word)")
     add("--beam", type=number(int, 1, 64), default=1, help="width of the search (1: plain OMP)")
     add("--pursuit", type=read_pursuit, metavar="FILE.py:FUNCTION", default=omp, help="your own "
@@ -308,8 +308,9 @@ def load(args):
         if isinstance(asked, float):
             args.sparsity, asked = dictionaries.allocate(asked, args.coding), f"auto:{asked:.0%}"
         about = (f"dictionary {path}: N = {dictionaries.atoms.shape[2]}, coding {args.coding}, "
-                 f"sparsity {asked}; the newest {args.buffer} to {args.buffer + args.window} "
-                 f"tokens stay dense, {args.window} at a time become codes")
+                 f"sparsity {asked}; the first {args.sinks} and newest {args.buffer} to "
+                 f"{args.buffer + args.window} tokens stay dense, {args.window} at a time become "
+                 "codes")
     model = parallelize(model, args.rank, args.ranks).to(args.device)
     return model, Tokenizer.from_pretrained(args.model), dictionaries, about
 

@@ -324,12 +324,13 @@ class SparseCache(Counters):
 
     sparsity: coefficients a vector, one number or one for each dictionary (2, L). buffer: newest
     tokens always kept dense. window: tokens coded at a time once the buffer overflows. sinks: first
-    tokens, dense for good. batch: sequences of one length. capacity: tokens to reserve room for.
-    coding: how codes are stored (CODINGS). pursuit: a function (D, Y, sparsity) -> indices,
-    coefficients for D (N, m) and Y (B, m). dtype: of what is dense."""
+    tokens, dense for good: heads that find nothing to look at look there (arXiv 2309.17453). batch:
+    sequences of one length. capacity: tokens to reserve room for. coding: how codes are stored
+    (CODINGS). pursuit: a function (D, Y, sparsity) -> indices, coefficients for D (N, m) and
+    Y (B, m). dtype: of what is dense."""
     replayable = False  # until a step was seen to be the same launches at every length
 
-    def __init__(self, config, dictionaries, sparsity=8, buffer=32, window=16, sinks=0, batch=1,
+    def __init__(self, config, dictionaries, sparsity=8, buffer=32, window=16, sinks=4, batch=1,
                  capacity=0, coding="word", pursuit=omp, dtype=None):
         atoms, scale = dictionaries.check(config).atoms, dictionaries.scale
         super().__init__(atoms.device)

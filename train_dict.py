@@ -35,7 +35,6 @@ from model import Config, InputError, Llama, NoCache, Tokenizer, door
 from omp import omp, omp_levels, reconstruct, relative_error
 
 HELD_OUT = 0.05  # the last part of every file, never learned from
-SINKS = 4  # first tokens left dense while the divergence of dictionaries is measured
 
 # ---- Vectors of a text, and what coding them does to the model -----------------------------------
 
@@ -66,7 +65,7 @@ class Simulated(NoCache):
     token is old once `buffer` newer ones have come; `group` tokens are compressed at a time, none
     for queries before `start`, and never the first `sinks`."""
 
-    def __init__(self, compress, buffer=32, sinks=0, group=1, start=0):
+    def __init__(self, compress, buffer=32, sinks=4, group=1, start=0):
         self.compress, self.buffer, self.sinks = compress, buffer, sinks
         self.group, self.start = group, start
 
@@ -102,7 +101,7 @@ def divergence(model, atoms, scale, first, rows, sparsities):
             z = scale[i] * level * torch.exp2(e / 16 - 8)
             x = split(reconstruct(atoms[i], indices, z).view_as(x), x.shape[3] // config.head_dim)
             return *kv[:kind], x[:, :, None].to(q.dtype), *kv[kind + 1:], None  # kept: all tokens
-        log_p = model(rows, Simulated(compress, sinks=SINKS)).float().log_softmax(dim=-1)
+        log_p = model(rows, Simulated(compress)).float().log_softmax(dim=-1)
         return F.kl_div(log_p, full, log_target=True, reduction="sum") / rows.numel()
 
     return torch.tensor([[cost(i, s) for s in sparsities] for i in range(len(atoms))]).to(full)

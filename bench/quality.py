@@ -164,7 +164,7 @@ def parse_arguments():
     add("--length", type=count(128, 2**20), default=1024, help="tokens of each (1024)")
     add("--facts", type=count(0, 2**20), default=0, help="to recall, as tiny learned to (0)")
     add("--buffer", type=count(1, 2**20), default=32, help="newest tokens kept dense (32)")
-    add("--sinks", type=count(0, 2**20), default=0, help="first tokens kept dense (0)")
+    add("--sinks", type=count(0, 2**20), default=4, help="first tokens kept dense (4)")
     add("--only", default="", metavar="REGEX", help="methods with this in the name")
     add("--figure", metavar="FILE", help="a PNG of memory against KL (needs matplotlib)")
     args = parser.parse_args()

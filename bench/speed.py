@@ -113,7 +113,7 @@ def time_decode(args):
 
 SHAPE = {"atoms": 4096, "sparsity": 8, "heads": 1}  # of dictionaries and codes
 STEPS = {"batch": 1, "prompt-length": 512, "max-new-tokens": 64,
-         "buffer": 128, "window": 16, "sinks": 0}
+         "buffer": 128, "window": 16, "sinks": 4}
 
 def parse_arguments():
     parser = Parser(description=__doc__.partition(":")[0], allow_abbrev=False)

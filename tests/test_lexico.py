@@ -23,9 +23,9 @@ def dictionaries(N=64, scale=0.05, heads=1):
     scales = scale * torch.linspace(0.5, 1.5, 2 * CONFIG.n_layers).view(2, -1)  # all different
     return Dictionaries(atoms, scales, shape_of(CONFIG), model="test")
 
-def sparse(sparsity, buffer, d=None, window=1, coding="fp8", **options):
+def sparse(sparsity, buffer, d=None, window=1, coding="fp8", sinks=0, **options):
     d = d or dictionaries()
-    return SparseCache(CONFIG, d, sparsity, buffer, window, coding=coding, **options)
+    return SparseCache(CONFIG, d, sparsity, buffer, window, sinks, coding=coding, **options)
 
 def run(cache, lengths, batch=1):
     """Random tokens and their logits, of a prompt and chunks of these lengths."""
