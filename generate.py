@@ -340,7 +340,7 @@ def main():
             raise InputError(f"the prompt has {len(ids)} tokens, more than the model's context of "
                              f"{config.context}; shorten it")
         prompt = torch.tensor([ids], device=args.device).repeat(args.batch, 1)  # (B, T)
-        count, record = min(args.max_new_tokens, room), prompt.is_cuda and args.ranks == 1
+        count, record = min(args.max_new_tokens, room), prompt.is_cuda
 
         def start(dense, choose):  # the steps of a new run, one by one
             cache = new_cache(dense, len(ids) + count)

@@ -105,7 +105,7 @@ def time_decode(args):
             cache = SparseCache(model.config, d, args.sparsity, args.buffer, args.window,
                                 args.sinks, args.batch, length, args.coding, dtype=torch.bfloat16)
         return generate(model, cache, prompt, args.max_new_tokens,
-                        lambda logits: logits.argmax(-1), record=args.cuda and args.ranks == 1)
+                        lambda logits: logits.argmax(-1), record=args.cuda)
     next(start())  # so that what is measured awaits no compiler
     steps = [{**step, "logits": None} for step in start()]
     name = f"batch {args.batch}, {'dense' if args.dense else 'sparse'}"

@@ -33,7 +33,9 @@ class Recorded:
             self.after_replay()
         elif self.calls == 3 and self.record():
             self.graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(self.graph):  # the device does nothing here, but Python counts
+            # The device does nothing here, but Python counts. "thread_local", for the thread that
+            # watches over several GPUs asks the device for its state meanwhile.
+            with torch.cuda.graph(self.graph, capture_error_mode="thread_local"):
                 self.output = self.function()
             self.graph.replay()
         else:

@@ -213,7 +213,7 @@ def test_recorded_counts_what_replays_do_not(monkeypatch):
     log = []
     graph = SimpleNamespace(replay=lambda: log.append("replay"))
     monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: graph)
-    monkeypatch.setattr(torch.cuda, "graph", lambda graph: torch.no_grad())
+    monkeypatch.setattr(torch.cuda, "graph", lambda graph, **options: torch.no_grad())
     for answer, end in ((True, ["record?", "run", "replay", "replay", "count"]),
                         (False, ["record?", "run", "run"])):
         log.clear()
