@@ -314,25 +314,26 @@ def load(args):
     model = parallelize(model, args.rank, args.ranks).to(args.device)
     return model, Tokenizer.from_pretrained(args.model), dictionaries, about
 
+def new_cache(args, model, dictionaries, dense, capacity=0):
+    """The cache that args ask for, with room for `capacity` tokens."""
+    if dense:
+        dtype = model.norm.weight.dtype
+        return DenseCache(model.config, args.batch, capacity, args.device, dtype)
+    return SparseCache(model.config, dictionaries, args.sparsity, args.buffer, args.window,
+                       args.sinks, args.batch, capacity, args.coding, args.pursuit, torch.bfloat16)
+
 def main():
     args = parse_arguments()
     with output_file(args.json if args.json and args.rank == 0 else os.devnull) as write:
         model, tokenizer, dictionaries, about = load(args)
-        config, dtype = model.config, model.norm.weight.dtype
+        config = model.config
         say = (lambda text: None) if args.quiet else print
         model.verbose = not args.quiet
         if args.compile:
             compile_layers()
 
-        def new_cache(dense, capacity=0):
-            if dense:
-                return DenseCache(config, args.batch, capacity, args.device, dtype)
-            return SparseCache(config, dictionaries, args.sparsity, args.buffer, args.window,
-                               args.sinks, args.batch, capacity, args.coding, args.pursuit,
-                               torch.bfloat16)
-
         if args.chat:
-            return chat(args, model, tokenizer, new_cache(args.dense))
+            return chat(args, model, tokenizer, new_cache(args, model, dictionaries, args.dense))
         ids = tokenizer.encode(from_rank_0(lambda: read_prompt(args)))
         tokenizer.check(ids, config)
         room = config.context - len(ids) + 1  # the last new token does not pass the model
@@ -343,7 +344,7 @@ def main():
         count, record = min(args.max_new_tokens, room), prompt.is_cuda
 
         def start(dense, choose):  # the steps of a new run, one by one
-            cache = new_cache(dense, len(ids) + count)
+            cache = new_cache(args, model, dictionaries, dense, len(ids) + count)
             return generate(model, cache, prompt, count, choose, record, config.eos_ids)
 
         def run(dense, shown):  # all steps of a run, and their summary

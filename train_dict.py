@@ -29,7 +29,7 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from kernels.parallel import exchange, from_rank_0, gather, world
+from kernels.parallel import from_rank_0, gather, world
 from lexico import Dictionaries, WordCodes, join, shape_of, split
 from model import Config, InputError, Llama, NoCache, Tokenizer, door
 from omp import omp, omp_levels, reconstruct, relative_error
@@ -228,7 +228,7 @@ def learn(args, model, tokenizer):
     def batch(number, held_out=False):
         rows = text.rows(count, number, held_out).chunk(ranks)[rank]
         tokenizer.check(rows.flatten().tolist(), config)
-        X = exchange(vectors(model, rows.to(device), args.heads))
+        X = gather(vectors(model, rows.to(device), args.heads), dim=1)[mine]
         if not X.isfinite().all():
             raise InputError(f"model '{args.model}' gives keys or values that are no finite numbers"
                              "; use other weights")

@@ -66,8 +66,8 @@ def methods(model, dictionaries, calibration, spared, length=1024):
         rows += [(f"word {label} beam {W} s={s}", s, "word", partial(omp_beam, width=W))
                  for W in (2, 4) for s in (ladder[1], ladder[3])]
         if "divergence" in d.metadata:
-            rows += [(f"word {label} auto:{share:.0%}", d.allocate(share, "word"), "word", omp)
-                     for share in (0.06, 0.09, 0.12, 0.15, 0.18, 0.2, 0.25, 0.3)]
+            rows += [(f"word {label} auto:{share:g}%", d.allocate(share / 100, "word"), "word", omp)
+                     for share in (6.5, 9, 10, 13, 15, 18, 20, 25, 30)]
         for name, s, coding, pursuit in rows:
             if N <= CODINGS[coding].most_atoms:
                 size = np.mean([CODINGS[coding].nbytes_each(each) for each in np.ravel(s)])
@@ -140,7 +140,7 @@ def draw(points):
     import matplotlib.pyplot as plt
     kinds, (figure, axes), png = {}, plt.subplots(figsize=(8, 6)), io.BytesIO()
     for name, *point in points:
-        kinds.setdefault(re.sub(r"[ :]([sd]=)?\d+( bit|%)?$", "", name), []).append(point)
+        kinds.setdefault(re.sub(r"[ :]([sd]=)?[\d.]+( bit|%)?$", "", name), []).append(point)
     for kind, line in kinds.items():
         style = "s--" if "fp8" in kind else "o-" if "Lexico" in kind else "^:"
         axes.plot(*zip(*sorted(line)), style, label=kind)

@@ -19,11 +19,11 @@ import torch.nn.functional as F
 
 sys.path[:0] = [str(Path(__file__).resolve().parent.parent)]
 
-from generate import describe, generate, summary
+from generate import describe, generate, new_cache, summary
 from kernels import attend_fused
 from kernels.graphs import compile_layers
 from kernels.parallel import parallelize, world
-from lexico import (CODINGS, DenseCache, Dictionaries, SparseCache, attend_codes, shape_of)
+from lexico import CODINGS, Dictionaries, SparseCache, attend_codes, shape_of
 from model import Config, Llama, door
 from omp import omp, omp_levels
 from train_dict import Parser, between, run_program
@@ -99,11 +99,7 @@ def time_decode(args):
         compile_layers()
 
     def start():
-        if args.dense:
-            cache = DenseCache(model.config, args.batch, length, args.device, args.dtype)
-        else:
-            cache = SparseCache(model.config, d, args.sparsity, args.buffer, args.window,
-                                args.sinks, args.batch, length, args.coding, dtype=torch.bfloat16)
+        cache = new_cache(args, model, d, args.dense, length)
         return generate(model, cache, prompt, args.max_new_tokens,
                         lambda logits: logits.argmax(-1), record=args.cuda)
     next(start())  # so that what is measured awaits no compiler
@@ -129,6 +125,7 @@ def parse_arguments():
     table.add_argument("--coding", choices=CODINGS, default="word")
     table.add_argument("--compile", action="store_true", help="torch.compile the layers")
     table.add_argument("--dense", action="store_true", help="the usual cache instead")
+    table.set_defaults(pursuit=omp)
     args = parser.parse_args()
     args.device, args.rank, args.ranks = world(args.device)
     args.cuda = args.device.type == "cuda"

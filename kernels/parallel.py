@@ -57,32 +57,20 @@ def parallelize(model, rank, ranks):
 
 def from_rank_0(read):
     """What read() gives on rank 0, or the InputError that it raises, on every rank."""
-    if not dist.is_initialized():
-        return read()
-    result = [None]
-    if dist.get_rank() == 0:
-        try:
-            result = [read()]
-        except InputError as error:
-            result = [error]
-    dist.broadcast_object_list(result)
+    try:
+        result = [read()] if not dist.is_initialized() or dist.get_rank() == 0 else [None]
+    except InputError as error:
+        result = [error]
+    if dist.is_initialized():
+        dist.broadcast_object_list(result)
     if isinstance(result[0], InputError):
         raise result[0]
     return result[0]
 
-def exchange(X):
-    """From vectors of all dictionaries, of this rank's rows of text (M, V, m), to those of this
-    rank's dictionaries, of all rows: (M / ranks, ranks V, m)."""
-    if not dist.is_initialized():
-        return X
-    out = torch.empty_like(X)
-    dist.all_to_all_single(out, X)
-    return out.unflatten(0, (dist.get_world_size(), -1)).transpose(0, 1).flatten(1, 2)
-
-def gather(x):
-    """The x of all ranks, one after the other along the first dimension."""
+def gather(x, dim=0):
+    """The x of all ranks, one after the other along a dimension."""
     if not dist.is_initialized():
         return x
     parts = [torch.empty_like(x) for _ in range(dist.get_world_size())]
-    dist.all_gather(parts, x)
-    return torch.cat(parts)
+    dist.all_gather(parts, x.contiguous())
+    return torch.cat(parts, dim)

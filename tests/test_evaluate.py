@@ -1,0 +1,62 @@
+"""The paper's tasks by one command: through the harness, on tasks of our own, without a network."""
+
+import json
+
+import pytest
+import torch
+import transformers
+from test_generate import call, refused
+from test_model import TINY
+
+pytest.importorskip("lm_eval", reason="pip install -e '.[eval]'")
+TASKS = {"choice": {"output_type": "multiple_choice", "doc_to_choice": "{{choices}}"},
+         "text": {"output_type": "generate_until",
+                  "generation_kwargs": {"until": [".", "!"], "max_gen_toks": 30}}}
+
+@pytest.fixture
+def rows(tmp_path):
+    """Beginnings of stories, and two ways to go on: the story's own, and another one's."""
+    words = (TINY / "held-out.txt").read_text().split(" ")
+    part = lambda start, count: " ".join(words[start:start + count])
+    rows = [{"text": part(i, 70), "choices": [part(i + 70, 6), part(i + 370, 6)]}
+            for i in range(0, 800, 200)]
+    (tmp_path / "rows").write_text("\n".join(map(json.dumps, rows)))
+    data = {"data_files": {"test": f"{tmp_path}/rows"}, "cache_dir": f"{tmp_path}"}
+    for name, kind in TASKS.items():
+        (tmp_path / f"{name}.yaml").write_text(json.dumps({  # which is YAML
+            "task": name, "dataset_path": "json", "dataset_kwargs": data, "test_split": "test",
+            "doc_to_text": "{{text}}", "doc_to_target": 0, **kind}))
+    return rows
+
+def run(folder, options):
+    """Accuracy, log-likelihoods of the choices (rows, 2), and answers."""
+    code, _, error = call("bench/evaluate.py --tasks choice,text --include-path "
+                          f"{folder} --json {folder}/out {options}")
+    assert code == 0, error
+    figures = json.loads((folder / "out").read_text())
+    choices, said = ([row["filtered_resps"] for row in figures["samples"][name]] for name in TASKS)
+    return figures["results"]["choice"]["acc,none"], torch.tensor(choices)[..., 0], sum(said, [])
+
+def test_dense_results_are_those_of_transformers_and_sparse_ones_are_near(rows, tmp_path):
+    tokenizer = transformers.AutoTokenizer.from_pretrained(TINY)
+    encode = lambda *texts: tokenizer(" ".join(texts), return_tensors="pt").input_ids  # (1, T)
+    model = transformers.AutoModelForCausalLM.from_pretrained(TINY, dtype=torch.float32)
+    expected, said = [], []
+    for prompt, choices in (row.values() for row in rows):
+        T = encode(prompt).shape[1]
+        for ids in (encode(prompt, choice) for choice in choices):
+            log_p = model(ids).logits.detach().log_softmax(-1)[0, T - 1:-1]
+            expected.append(log_p.gather(-1, ids[0, T:, None]).sum())
+        new = model.generate(encode(prompt), max_new_tokens=30, do_sample=False)[0, T:]
+        said.append(tokenizer.decode(new, skip_special_tokens=True).replace("!", ".").split(".")[0])
+    accuracy, dense, answers = run(tmp_path, "--dense")
+    torch.testing.assert_close(dense.flatten(), torch.stack(expected), rtol=0, atol=1e-3)
+    assert accuracy == (dense[:, 0] > dense[:, 1]).float().mean() and answers == said
+    apart = (run(tmp_path, "--buffer 4 --window 1 --sparsity 8 --coding fp8")[1] - dense).abs()
+    assert apart.min() > 1e-3 and apart.mean() < 0.1 * dense.abs().mean()  # it was used, and serves
+
+def test_what_cannot_be_run_is_refused_in_one_line(rows, tmp_path):
+    for options, words in (("--tasks choice,absent", "there is no task 'absent'"), ("", "the foll"),
+                           ("--tasks text --prompt x", "--tasks and --prompt do not go together"),
+                           ("--tasks text --max-new-tokens 9999", "9999 tokens after a prompt")):
+        refused(f"bench/evaluate.py --include-path {tmp_path} --limit 1 {options}", words)
