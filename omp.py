@@ -39,7 +39,7 @@ def omp(D, Y, sparsity, tol=None):
     met tol. Atoms of the others are distinct. Raises ValueError for what does not fit."""
     D3, Y3 = with_batch(D, Y, sparsity)
     found = omp_fused(D3, Y3, sparsity) if tol is None else None
-    return shape_as(Y, found or sliced(lambda D, Y: solve(D, *pursue(D, Y, sparsity, tol)), D3, Y3))
+    return shape_as(Y, found or sliced(lambda D, Y: solve(*pursue(D, Y, sparsity, tol)), D3, Y3))
 
 @torch.no_grad()
 def omp_beam(D, Y, sparsity, width):
@@ -53,9 +53,9 @@ def omp_beam(D, Y, sparsity, width):
         raise ValueError(f"width {width} is not at least 1")
     if width == 1:
         return omp(D, Y, sparsity)
-    found = sliced(lambda D, Y: solve(D, *pursue_beam(D, Y, sparsity, width)),
-                   *with_batch(D, Y, sparsity), each=width**2)
-    return shape_as(Y, found)
+    D3, Y3 = with_batch(D, Y, sparsity)
+    search = lambda D, Y: solve(*pursue(D, Y, sparsity, chosen=pursue_beam(D, Y, sparsity, width)))
+    return shape_as(Y, sliced(search, D3, Y3, each=width**2))
 
 @torch.no_grad()
 def omp_levels(D, Y, sparsity, bits, pursuit=omp):
@@ -64,13 +64,10 @@ def omp_levels(D, Y, sparsity, bits, pursuit=omp):
 
     Returns indices and levels (..., B, s) and e (..., B, 1), int64."""
     D3, Y3 = with_batch(D, Y, sparsity)
-    if pursuit is omp:
-        found = (omp_fused(D3, Y3, sparsity, bits)
-                 or sliced(lambda D, Y: solve(D, *pursue(D, Y, sparsity), bits), D3, Y3))
-    else:
-        indices = pursuit(D, Y, sparsity)[0].reshape(*Y3.shape[:2], -1)
-        found = sliced(lambda D, Y, indices: solve(D, *basis(D, Y, indices), bits), D3, Y3, indices)
-    return shape_as(Y, found)
+    found = omp_fused(D3, Y3, sparsity, bits) if pursuit is omp else None
+    chosen = [] if pursuit is omp else [pursuit(D, Y, sparsity)[0].reshape(*Y3.shape[:2], -1)]
+    levels = lambda D, Y, chosen=None: solve(*pursue(D, Y, sparsity, chosen=chosen), bits=bits)
+    return shape_as(Y, found or sliced(levels, D3, Y3, *chosen))
 
 def one_by_one(pursuit):
     """A pursuit for one dictionary (N, m) and its vectors (B, m), as one for a batch of them."""
@@ -105,41 +102,40 @@ def shape_as(Y, found):
 
 # ---- The searches, for D (L, N, m) and Y (L, B, m) -----------------------------------------------
 
-def pursue(D, Y, sparsity, tol=None):
-    """OMP: indices (L, B, s), the basis Q (L, B, s, m) of the chosen atoms, and y's coordinates in
-    it, Qy (L, B, s)."""
-    L, B, m = Y.shape
-    indices = torch.zeros(L, B, sparsity, dtype=torch.long, device=Y.device)
-    Q, Qy = Y.new_zeros(L, B, sparsity, m), Y.new_zeros(L, B, sparsity)
+def pursue(D, Y, sparsity, tol=None, chosen=None):
+    """OMP: indices (L, B, s), and what gives their coefficients: with Q the basis of the chosen
+    atoms A = U^T Q, U (L, B, s, s), and y's coordinates in it, Qy (L, B, s). chosen: the indices
+    that another search has found; only U and Qy are missing."""
+    (L, B, m), s = Y.shape, sparsity
+    indices = torch.zeros(L, B, s, dtype=torch.long, device=Y.device)
+    Q, U, Qy = Y.new_zeros(L, B, s, m), Y.new_zeros(L, B, s, s), Y.new_zeros(L, B, s)
     residual, correlation = Y, Y.new_empty(L, B, D.shape[1])
-    for k in range(sparsity):
-        torch.bmm(residual, D.mT, out=correlation)  # (L, B, N)
-        correlation.abs_().scatter_(-1, indices[..., :k], -1)  # an atom is chosen once
-        indices[..., k] = argmax_rows(correlation)
-        q = new_part(gather_atoms(D, indices[..., k:k + 1]), Q[..., :k, :])[..., 0, :]  # (L, B, m)
+    for k in range(s):
+        if chosen is None:
+            torch.bmm(residual, D.mT, out=correlation)  # (L, B, N)
+            correlation.abs_().scatter_(-1, indices[..., :k], -1)  # an atom is chosen once
+        indices[..., k] = argmax_rows(correlation) if chosen is None else chosen[..., k]
+        q, column = new_part(gather_atoms(D, indices[..., k:k + 1]), Q[..., :k, :])
         if tol is not None:
-            q = q * (residual.norm(dim=-1) > tol * Y.norm(dim=-1))[..., None]
-        Q[..., k, :] = q
-        Qy[..., k] = projection = (residual * q).sum(-1)  # (L, B)
-        residual = residual - projection[..., None] * q
-    return indices, Q, Qy
-
-def basis(D, Y, indices):
-    """Q and Qy, as pursue gives them, of atoms that were chosen elsewhere."""
-    Q = Y.new_zeros(*indices.shape, Y.shape[-1])  # (L, B, s, m)
-    for k in range(indices.shape[-1]):
-        Q[..., k:k + 1, :] = new_part(gather_atoms(D, indices[..., k:k + 1]), Q[..., :k, :])
-    return indices, Q, (Q @ Y[..., None])[..., 0]
+            goes_on = residual.norm(dim=-1, keepdim=True) > tol * Y.norm(dim=-1, keepdim=True)
+            q, column = q * goes_on[..., None], column * goes_on[..., None]
+        Q[..., k:k + 1, :], U[..., :k + 1, k] = q, column[..., 0, :]
+        Qy[..., k:k + 1] = (q @ residual[..., None])[..., 0]  # (L, B, 1)
+        residual = residual - Qy[..., k:k + 1] * q[..., 0, :]
+    return indices, U, Qy
 
 def new_part(atoms, Q):
-    """What of each atom (..., C, m) is new to a basis Q (..., k, m), at unit length (Gram-Schmidt);
-    0 if it adds nothing: then its coefficient is 0."""
-    q = atoms - (atoms @ Q.mT) @ Q
-    norm = q.norm(dim=-1, keepdim=True).clamp_(min=1e-4)  # (..., C, 1)
-    return q * ((norm > 1e-4) / norm)
+    """What of each atom (..., C, m) is new to a basis Q (..., k, m), at unit length (Gram-Schmidt):
+    q (..., C, m), and the atom's coordinates in Q and q, a column of U (..., C, k + 1). q is 0 if
+    the atom adds nothing: then its coefficient is 0."""
+    products = atoms @ Q.mT  # (..., C, k)
+    q = atoms - products @ Q
+    norm = q.norm(dim=-1, keepdim=True)  # (..., C, 1)
+    adds = norm > 1e-4
+    return q * (adds / norm.clamp(min=1e-4)), torch.cat((products, norm * adds), dim=-1)
 
 def pursue_beam(D, Y, sparsity, width):
-    """Beam search: what pursue returns, of the best support found."""
+    """Beam search: indices (L, B, s) of the best support found."""
     def take(x, index):  # entries of x (L, B, beams or candidates, ...) by index (L, B, W)
         index = index.view(index.shape + (1,) * (x.dim() - 3))
         return x.gather(2, index.expand(*index.shape[:3], *x.shape[3:]))
@@ -147,15 +143,14 @@ def pursue_beam(D, Y, sparsity, width):
     (L, N, m), B, W = D.shape, Y.shape[1], 1  # W beams now: one empty support, later up to width
     label = torch.randint(2**62, (N,), generator=torch.Generator().manual_seed(0)).to(Y.device)
     indices = torch.zeros(L, B, W, 0, dtype=torch.long, device=Y.device)
-    Q, Qy = Y.new_zeros(L, B, W, 0, m), Y.new_zeros(L, B, W, 0)
-    residual = Y[:, :, None]  # (L, B, W, m)
+    Q, residual = Y.new_zeros(L, B, W, 0, m), Y[:, :, None]  # (L, B, W, k, m), (L, B, W, m)
     error = residual.square().sum(-1)  # (L, B, W); inf marks an unused beam
     for k in range(sparsity):
         # Candidates: the C best-correlated atoms of every beam, and what of each is new to it.
         correlation = (residual.flatten(1, 2) @ D.mT).unflatten(1, (B, W))  # (L, B, W, N)
         correlation.abs_().scatter_(-1, indices, -1)
         best = correlation.topk(min(width, N - k), dim=-1).indices  # (L, B, W, C)
-        q, C = new_part(gather_atoms(D, best), Q), best.shape[-1]  # (L, B, W, C, m)
+        q, C = new_part(gather_atoms(D, best), Q)[0], best.shape[-1]  # (L, B, W, C, m)
         step = (q @ residual[..., None])[..., 0]  # (L, B, W, C)
         after = (error[..., None] - step.square()).flatten(2)  # (L, B, W C)
 
@@ -169,12 +164,10 @@ def pursue_beam(D, Y, sparsity, width):
         W, parent = keep.shape[-1], keep // C
         q, step = take(q.flatten(2, 3), keep), take(step.flatten(2), keep)
         Q = torch.cat((take(Q, parent), q[..., None, :]), dim=-2)  # (L, B, W, k + 1, m)
-        Qy = torch.cat((take(Qy, parent), step[..., None]), dim=-1)
         indices = torch.cat((take(indices, parent), take(best.flatten(2), keep)[..., None]), dim=-1)
         residual = take(residual, parent) - step[..., None] * q
         error = residual.square().sum(-1).masked_fill(take(after, keep).isinf(), torch.inf)
-    winner = error.argmin(dim=-1, keepdim=True)  # (L, B, 1)
-    return tuple(take(x, winner)[:, :, 0] for x in (indices, Q, Qy))
+    return take(indices, error.argmin(dim=-1, keepdim=True))[:, :, 0]
 
 def argmax_rows(x):
     """Index of the largest number of every row of x (L, B, N).
@@ -190,13 +183,12 @@ def argmax_rows(x):
 
 # ---- Coefficients, and vectors again -------------------------------------------------------------
 
-def solve(D, indices, Q, Qy, bits=0):
-    """From (indices, Q, Qy) to coefficients, by back substitution of U z = Q y. Returns indices and
-    coefficients (L, B, s), or with bits: indices, levels and e (see omp_levels).
+def solve(indices, U, Qy, bits=0):
+    """From what pursue returns to coefficients, by back substitution of U z = Q y. Returns indices
+    and coefficients (L, B, s), or with bits: indices, levels and e (see omp_levels).
 
     Levels are rounded on the way, from the last coefficient back, and each makes up for the
     rounding of those after it (Babai 1986, the nearest plane)."""
-    U = (Q @ gather_atoms(D, indices).mT).triu()  # (L, B, s, s), atoms = U^T Q
     diagonal = U.diagonal(dim1=-2, dim2=-1)
     diagonal.masked_fill_(diagonal == 0, 1)  # an atom that added nothing: its q and Qy are 0
     z = torch.linalg.solve_triangular(U, Qy[..., None], upper=True)[..., 0]

@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 import re
 import runpy
 import shlex
@@ -13,22 +14,25 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from test_model import TINY, model_folder, random_model, says
+from conftest import ROOT, cases
+from test_model import model_folder, random_model, says
 
 import generate
 from lexico import DenseCache
 from model import Llama, Tokenizer
 
-ROOT, HELD_OUT = TINY.parent, TINY / "held-out.txt"
-README, COMMANDS, TEMPLATES = ((ROOT / name).read_text() for name in (
-    "README.md", "tests/cases/commands.txt", "tests/cases/templates.json"))
+HELD_OUT, TEMPLATES = ROOT / "tiny/held-out.txt", cases("templates")
+README, COMMANDS = (ROOT / "README.md").read_text(), (ROOT / "tests/cases/commands.txt").read_text()
 
 def call(command, out=None):
-    """Run a program in this process: exit code, standard output, standard error."""
+    """Run a program in this process, `< FILE` as in a shell: exit code, standard output and error.
+    """
+    command, _, given = command.partition(" < ")
+    sys.stdin = open(given) if given else None
     sys.argv, code, out = shlex.split(command), 0, out or io.StringIO()
     with redirect_stdout(out), redirect_stderr(io.StringIO()) as error:
         try:
-            runpy.run_path(ROOT / sys.argv[0], run_name="__main__")
+            runpy.run_path(f"{ROOT}/{sys.argv[0]}", run_name="__main__")
         except SystemExit as stop:
             code = stop.code or 0
     out.seek(0)
@@ -47,27 +51,39 @@ def refused(command, words):
     assert code == 2 and len(lines) == 1 and len(error) < 2000, (command, error)
     assert re.match(f"error: .*{words}", lines[0]), (command, words, lines)
 
+def chat_folder(folder, template="plain", **changes):
+    """A random model with tiny's tokens, two special ones more, and a chat template: its folder."""
+    shape = {"vocab_size": 4098, "eos_ids": (4097,), "context": 120, "head_dim": 32, **changes}
+    hf = json.loads((model_folder(folder, random_model(**shape)) / "tokenizer.json").read_text())
+    hf["added_tokens"] += [{**hf["added_tokens"][0], "content": name, "id": 4096 + i}
+                           for i, name in enumerate(("<|head|>", "<|eot|>"))]
+    (folder / "tokenizer.json").write_text(json.dumps(hf))
+    (folder / "tokenizer_config.json").write_text(json.dumps({
+        "bos_token": "<|begin_of_text|>", "eos_token": "<|eot|>",
+        "chat_template": TEMPLATES[template]}))
+    return folder
+
 # ---- The commands --------------------------------------------------------------------------------
 
 def test_commands_print_what_they_should_and_bad_input_gets_one_line(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "stdin", None)
-    for name, data in (("latin", b"caf\xe9"), ("long", b"word " * 3000), ("none.py", b"1 / 0"),
-                       ("a.jsonl", b'{"text": 3}'), ("old", b""), ("r.checkpoint", b""),
-                       ("mine.py", b"import omp\nf = lambda *a: print(a[0].shape) or omp.omp(*a)")):
-        (tmp_path / name).write_bytes(data)
+    for name, data in re.findall(r"^file (\S+): ?(.*)$", COMMANDS, re.M):
+        (tmp_path / name).write_bytes(data.encode().decode("unicode_escape").encode("latin1"))
     other, beyond, overflow = (random_model(vocab_size=V, head_dim=32) for V in (4096, 400, 4096))
     overflow.layers[0].mlp.gate_proj.weight *= 1e20
     overflow.layers[0].mlp.up_proj.weight *= 1e20
     for name, model in (("other", other), ("beyond", beyond), ("overflow", overflow)):
         model_folder(name, model)
+    chat_folder(tmp_path / "chat", "no system")
+    before = {*tmp_path.iterdir()}
     table = COMMANDS.replace("$ROOT", str(ROOT)).replace("$BYTE", "\udcff")
-    for command, refusal, words in re.findall(r"^(\w+\.py.*?) +-> (error: )?(.*)$", table, re.M):
+    for command, refusal, words in re.findall(r"^([\w/]+\.py.*?) +-> (error: )?(.*)$", table, re.M):
         if refusal:
             refused(command, words)
         else:
             code, out, _ = call(command)
             assert code == 0 and re.search(words, out, re.M), (command, words, out)
+    assert {*tmp_path.iterdir()} == before  # nothing is left behind
 
 def test_a_line_for_every_token_then_the_text_the_summaries_and_how_far_they_agree(tmp_path):
     code, out, _ = call("generate.py --compare --max-new-tokens 40 --buffer 16 --window 1 "
@@ -79,24 +95,24 @@ def test_a_line_for_every_token_then_the_text_the_summaries_and_how_far_they_agr
     words = "sparse: prefill tokens/s codes buffer dictionaries allocated memory dense: agreement:"
     assert all(word in out for word in ("Once upon a time" + figures["text"], *words.split()))
     assert 0 < figures["agreement"]["kl"] < 1 and 0.5 < figures["agreement"]["top1"] <= 1
-    # To the byte: 3 s a coded vector, 2 m a dense one, as in the buffer and the four sinks.
-    cache, seen = figures["sparse"]["cache"], figures["sparse"]["prompt_tokens"] + 39
-    vectors, dense = 2 * 6 * 2, 2 * 64
-    assert cache["total"] == vectors * (3 * 6 * (seen - 20) + dense * 20)
-    assert cache["dense"] == vectors * dense * seen <= figures["dense"]["cache"]["total"]
+    assert "71.8 kB, codes 10.4 kB, buffer 61.4 kB" in out  # 3 s a coded vector, 2 m a dense one
 
-def test_a_text_depends_on_prompt_and_seed_not_on_where_it_comes_from(tmp_path, monkeypatch):
+def test_a_text_depends_on_prompt_and_seed_not_on_where_it_comes_from(tmp_path):
     path, text, ascii = tmp_path / "prompt", "The é\ndog", io.TextIOWrapper(io.BytesIO(), "ascii")
     path.write_bytes(b"\xef\xbb\xbfThe \xc3\xa9\r\ndog")
     (tmp_path / "link").symlink_to(tmp_path / "real")
-    monkeypatch.setattr(sys, "stdin", path.open())
+    os.mkfifo(tmp_path / "fifo")
+    fifo = os.open(tmp_path / "fifo", os.O_RDONLY | os.O_NONBLOCK)
     command = "generate.py --max-new-tokens 15 --temperature 0.8 --top-p 0.9"
     first, *same, other = (call(f"{command} --quiet {options}") for options in (
-        f"--prompt '{text}'", f"--prompt-file {path}", "--prompt -", "--prompt 'The é\r\ndog'",
-        f"--prompt '{text}' --seed 1"))
+        f"--prompt '{text}'", f"--prompt-file {path}", f"--prompt - < {path}",
+        "--prompt 'The é\r\ndog'", f"--prompt '{text}' --seed 1"))
     assert first[0] == 0 and same == [first] * 3 and other != first
     assert "\nThe ?\ndog" in call(f"{command} --prompt '{text}' --json {tmp_path}/link", ascii)[1]
-    assert json.loads((tmp_path / "real").read_text())["text"] in first[1]
+    call(f"{command} --prompt '{text}' --json {tmp_path}/fifo")
+    for figures in (tmp_path / "real").read_text(), os.read(fifo, 2**16):
+        assert json.loads(figures)["text"] in first[1]
+    assert {path.name for path in tmp_path.iterdir()} == {"prompt", "link", "real", "fifo"}
 
 def test_ctrl_c_ends_with_the_summary_so_far():
     process = start("generate.py --max-new-tokens 1500")
@@ -107,21 +123,9 @@ def test_ctrl_c_ends_with_the_summary_so_far():
 
 # ---- Chat ----------------------------------------------------------------------------------------
 
-@pytest.fixture
-def folder(request, tmp_path):
-    """A random model with tiny's tokens, two special ones more, and a chat template."""
-    model_folder(tmp_path, random_model(vocab_size=4098, eos_ids=(4097,), context=120, head_dim=32))
-    hf = json.loads((tmp_path / "tokenizer.json").read_text())
-    hf["added_tokens"] += [{**hf["added_tokens"][0], "content": name, "id": 4096 + i}
-                           for i, name in enumerate(("<|head|>", "<|eot|>"))]
-    (tmp_path / "tokenizer.json").write_text(json.dumps(hf))
-    (tmp_path / "tokenizer_config.json").write_text(json.dumps({
-        "bos_token": "<|begin_of_text|>", "eos_token": "<|eot|>",
-        "chat_template": json.loads(TEMPLATES)[getattr(request, "param", "plain")]}))
-    return tmp_path
-
-@pytest.mark.parametrize("folder", json.loads(TEMPLATES), indirect=True)
-def test_a_turn_is_that_of_transformers_and_rewriting_templates_are_refused(folder, request):
+@pytest.mark.parametrize("template", TEMPLATES)
+def test_a_turn_is_that_of_transformers_and_rewriting_templates_are_refused(template, tmp_path):
+    folder = chat_folder(tmp_path, template)
     chat = generate.Chat(folder, Tokenizer.from_pretrained(folder))
     typed = "\n A<b & \"c\"<|eot|>  <|<|eot|>head|>there<|\n<|end_of_text|> <think>ü"
     message = chat.message("user", typed)  # only the template writes special tokens
@@ -129,10 +133,11 @@ def test_a_turn_is_that_of_transformers_and_rewriting_templates_are_refused(fold
     assert chat.new_tokens([message]) == chat.hf.apply_chat_template(
         [message], add_generation_prompt=True, return_dict=False)
     turns = [message, {"role": "assistant", "content": generate.ANSWER}, message]
-    rewrites = request.node.callspec.id in ("rewriting", "hiding")
+    rewrites = template in ("rewriting", "hiding")
     assert says("hides or rewrites", chat.new_tokens, turns) if rewrites else chat.new_tokens(turns)
 
-def test_every_token_passes_the_model_once(folder, monkeypatch, capsys):
+def test_every_token_passes_the_model_once(tmp_path, monkeypatch, capsys):
+    folder = chat_folder(tmp_path)
     model, seen, prompts = Llama.from_pretrained(folder, "cpu", torch.float32), [], set()
     model.register_forward_hook(lambda _, args, out: seen.append((args[0][0].tolist(), out)))
     turns = iter(["One", "Two", "three " * 99, "Three", ""])  # what does not fit leaves no trace
@@ -156,21 +161,9 @@ def test_every_token_passes_the_model_once(folder, monkeypatch, capsys):
     assert out.count("ms a token") == 3 and error.count("\n") == 1 and "do not fit" in error
     assert prompts == {"> "}  # to a terminal
 
-@pytest.mark.parametrize("folder", ["no system"], indirect=True)
-def test_a_chat_reads_lines_until_the_end_and_says_what_is_wrong_in_one(folder, monkeypatch):
-    def given(data):
-        (folder / "turns").write_bytes(data)
-        monkeypatch.setattr("sys.stdin", (folder / "turns").open())
-        return f"generate.py --chat --dense --max-new-tokens 5 --model {folder}"
-
-    code, out, _ = call(given(b"Hello\r\nAgain"))
-    assert code == 0 and out.count("ms a token, cache ") == 2 and "> " not in out
-    refused(given(b"Hi") + " --system s", "no system")
-    refused(given(b"caf\xe9"), "standard input cannot be read")
-
 # ---- README --------------------------------------------------------------------------------------
 
-def test_readme_points_at_the_right_lines_its_commands_parse_and_the_main_one_runs():
+def test_readme_points_at_the_right_lines_and_at_options_that_exist():
     for name, file, line in re.findall(r"\[`(?:\w+\.)?(\w+)`\]\(([\w/]+\.py)#L(\d+)\)", README):
         there = (ROOT / file).read_text().splitlines()[int(line) - 1]
         assert re.match(rf" *(def|class) {name}\b", there), (name, there)
@@ -178,8 +171,6 @@ def test_readme_points_at_the_right_lines_its_commands_parse_and_the_main_one_ru
     for program, *options in map(shlex.split, commands):
         known = call(f"{program} --help")[1]
         assert all(name in known for name in options if name.startswith("--")), (program, options)
-    code, out, _ = call(f"{commands[0]} --max-new-tokens 20")
-    assert code == 0 and "Once upon a time, there was a little girl named Lily." in out
 
 @pytest.mark.parametrize("code", re.findall(r"^```python\n(.*?)^```$", README, re.M | re.S))
 def test_python_in_readme_runs(code):
