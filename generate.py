@@ -40,7 +40,7 @@ def sample(logits, temperature, top_p, generator):
     return tokens.gather(-1, choice)[:, 0]
 
 def sampler(args):
-    """A function for generate, logits -> tokens, that repeats itself with every new one."""
+    """A function logits -> tokens for generate. Each new sampler draws the same numbers again."""
     generator = torch.Generator().manual_seed(args.seed)
     return lambda logits: sample(logits, args.temperature, args.top_p, generator)
 
@@ -61,7 +61,7 @@ def peak_memory(device):
         peak = re.search(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())[1]
         Path("/proc/self/clear_refs").write_text("5")  # the peak counts from here
         return 1024 * int(peak)
-    except OSError:
+    except (OSError, TypeError):  # TypeError: the line is not there
         return 0
 
 @torch.inference_mode()
@@ -102,7 +102,7 @@ def size(nbytes):
     return f"{nbytes / 1000**power:.{min(power, 1)}f} {('B', 'kB', 'MB', 'GB')[power]}"
 
 def line(number, piece, step):
-    """A step, as one reads it. (A dense cache is all of one, though it may hold 32 bits.)"""
+    """A step, as one reads it. (A dense cache counts as 100 % of itself, in 32 bits, too.)"""
     forward, coding, cache = 1e3 * step["forward"], 1e3 * step["coding"], step["bytes"]
     whole = cache["total"] / cache["dense"] if "vector" in cache else 1
     return (f"{number:5d}  {piece!r:16.16}  {forward:9.2f}  {coding:9.2f}  "
@@ -111,7 +111,7 @@ def line(number, piece, step):
 def summary(steps, ended, prompt):
     """What a run took: a dict of plain numbers, in seconds and bytes."""
     times = [step["forward"] + step["coding"] for step in steps]
-    latency = times[1:][len(steps) // 2:] or [0.0]  # once all is warm: in the second half
+    latency = times[(len(steps) + 1) // 2:] or [0.0]  # once all is warm: in the second half
     median, p95 = torch.tensor(latency).quantile(torch.tensor([0.5, 0.95])).tolist()
     return {"prompt_tokens": prompt.shape[1], "new_tokens": len(steps), "ended": ended,
             "prefill": times[0], "mean": fmean(latency), "median": median, "p95": p95,
@@ -138,7 +138,7 @@ def describe(name, s):
             f"{size(s['peak_memory'])}")
 
 def agreement(sparse, dense, forced):
-    """How far two runs agree, and how far along the dense one's text, which forced was given."""
+    """First tokens that both share; how far forced (sparse, fed dense's tokens) is from dense."""
     same = [torch.equal(a["tokens"], b["tokens"]) for a, b in zip(sparse, dense)] + [False]
     kl, top1 = [], []
     for steps in zip(dense, forced):
@@ -149,7 +149,7 @@ def agreement(sparse, dense, forced):
 
 # ---- Chat ----------------------------------------------------------------------------------------
 
-ANSWER = "An <answer> & \"its\" 'end' \\"  # stands for an answer: what escapes it, changes it
+ANSWER = "An <answer> & \"its\" 'end' \\"  # for an answer; has what templates escape
 
 class Chat:
     """A model's chat template, as transformers renders it: the tokens that come before each answer.
@@ -170,7 +170,7 @@ class Chat:
         self.special = re.compile("|".join(map(re.escape, longest_first)) or "(?!)")
 
     def message(self, role, text):
-        while self.special.search(text):  # what surrounds one may, without it, form another
+        while self.special.search(text):  # once one is out, its neighbours may form another
             text = self.special.sub("", text)
         return {"role": role, "content": text}
 
@@ -268,7 +268,7 @@ def parse_arguments():
     add("--coding", choices=CODINGS, default="word", help="how codes are stored (word)")
     add("--beam", type=number(int, 1, 64), default=1, help="width of the search (1: plain OMP)")
     add("--pursuit", type=read_pursuit, metavar="FILE.py:FUNCTION", default=omp, help="your own "
-        "search: (D, Y, sparsity) -> indices, coefficients, for D (N, m) and Y (B, m)")
+        "search: (D, Y, sparsity) -> indices, coefficients, for D (N, m) and Y (V, m)")
     add("--max-new-tokens", type=number(int, 1, inf), default=200)
     add("--batch", type=number(int, 1, 2**31), default=1, help="copies of the prompt, together (1)")
     add("--compile", action="store_true", help="torch.compile the layers (some seconds at first)")
@@ -302,13 +302,13 @@ def load(args):
                                   dtype and getattr(torch, dtype))
     dictionaries, about = None, "the usual cache: keys and values as they are"
     if not args.dense:
-        path, asked = args.dictionary or Dictionaries.find(args.model), args.sparsity
+        path, s = args.dictionary or Dictionaries.find(args.model), args.sparsity
         kept = torch.bfloat16 if args.device.type == "cuda" else torch.float32  # what kernels take
         dictionaries = Dictionaries.load(path, args.device, kept).check(model.config)
-        if isinstance(asked, float):
-            args.sparsity, asked = dictionaries.allocate(asked, args.coding), f"auto:{asked:.0%}"
+        if isinstance(s, float):
+            args.sparsity, s = dictionaries.allocate(s, args.coding), f"auto:{100 * s:g}%"
         about = (f"dictionary {path}: N = {dictionaries.atoms.shape[2]}, coding {args.coding}, "
-                 f"sparsity {asked}; the first {args.sinks} and newest {args.buffer} to "
+                 f"sparsity {s}; the first {args.sinks} and newest {args.buffer} to "
                  f"{args.buffer + args.window} tokens stay dense, {args.window} at a time become "
                  "codes")
     model = parallelize(model, args.rank, args.ranks).to(args.device)

@@ -13,7 +13,7 @@ Attention needs neither K nor V back. With q one query, and t running over the c
 
 times 1 / sqrt(m) and a dictionary's scale. Both work on tables of N numbers. The newest tokens
 stay dense in a buffer, and one softmax runs over both parts. A prompt attends exactly, and is coded
-layer by layer as it passes. Ours, beside what was published: words of levels, a sparsity for each
+layer by layer as it passes. Ours, beside what was published: WordCodes, a sparsity for each
 dictionary, first tokens that stay dense (sinks), several heads as one vector."""
 
 import json
@@ -58,11 +58,10 @@ class Dictionaries:
 
     def allocate(self, share, coding):
         """Sparsity (2, L) of each dictionary, so that a vector takes `share` of its 16-bit bytes on
-        average and the model's output suffers least. Ours: it halves the divergence, and more.
-        train_dict.py measured the divergence that each dictionary alone causes at a few sparsities.
-        Between them it falls about exponentially, and those of several about add up: so spend bytes
-        step by step, where they help most. Dictionaries of equal sparsity are coded in one call: so
-        only nine sparsities are offered."""
+        average and the model's output suffers least. train_dict.py measured the divergence that
+        each dictionary alone causes at a few sparsities. Between them it falls about exponentially,
+        and those of several about add up: so spend bytes step by step, where they help most. Only
+        nine sparsities are offered, for dictionaries of equal sparsity are coded in one call."""
         if "divergence" not in self.metadata:
             raise InputError("this dictionary holds no divergences to allocate sparsity by; give "
                              "--sparsity a number, or learn it anew with train_dict.py")
@@ -92,17 +91,13 @@ class Dictionaries:
         about = json.dumps({"shape": self.shape, **self.metadata})
         return safetensors.torch.save(tensors, {"format": FORMAT, "about": about})
 
-    def save(self, path):
-        """Write one safetensors file; a reader never sees half of it."""
-        Path(f"{path}.part").write_bytes(self.serialise())
-        Path(f"{path}.part").replace(path)
-
     @classmethod
     def load(cls, path, device="cpu", dtype=torch.float32):
-        """Read what save wrote: a file, or a folder or Hub id that holds dictionary.safetensors.
+        """Read serialise's bytes: a file, or a folder or Hub id with dictionary.safetensors in it.
         Raises InputError for what is missing, damaged or not ours."""
         path = Path(path).expanduser()
-        if path.is_dir() or not path.exists() and path.suffix != ".safetensors":
+        hub_id = len(path.parts) == 2 and path.suffix != ".safetensors" and not path.exists()
+        if path.is_dir() or hub_id:
             path = find_folder(path, ["dictionary.safetensors"]) / "dictionary.safetensors"
         if not path.is_file():
             raise InputError(f"dictionary '{path}' does not exist; learn one with train_dict.py")
@@ -133,7 +128,7 @@ class Dictionaries:
                          f"learn one: python train_dict.py --model {model}")
 
 def shape_of(config):
-    """What must agree between a dictionary and a model. A layer's heads share its atoms."""
+    """What must agree between dictionaries and a model. Not kv_heads: all heads share the atoms."""
     return {name: getattr(config, name)
             for name in ("vocab_size", "dim", "n_layers", "head_dim", "rope_theta")}
 
@@ -158,8 +153,8 @@ class Codes:
         self.parts = [with_room(part, capacity) for part in self.parts]
 
     def write(self, positions, parts):
-        """Store what encode gave for vectors (B, H, T) as tokens `positions` (T,). As bytes: few
-        operations know FP8."""
+        """Store what encode gave for vectors (B, H / heads, T), at places `positions` (T,). As
+        bytes: few operations know FP8."""
         for stored, part in zip(self.parts, parts):
             part = part.view(*stored.shape[:2], len(positions), -1).to(stored.dtype)
             stored.view(torch.uint8).index_copy_(2, positions, part.view(torch.uint8))
@@ -187,7 +182,7 @@ class FP8Codes(Codes):
     numbers = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn).float()  # of each byte
 
     def encode(self, D, Y, sparsity, pursuit):
-        indices, z = pursuit(D, Y, sparsity)  # (n, B, s)
+        indices, z = pursuit(D, Y, sparsity)  # (n, V, s)
         return indices, z.clamp(-448, 448)
 
     def decode(self, indices, coefficients):
@@ -276,7 +271,7 @@ class Counters:
     position and boundary, the same numbers on the device, where a recorded step reads them."""
 
     def __init__(self, device):
-        self.length = self.compressed = self.leaving = 0  # leaving: those that a step codes
+        self.length = self.compressed = self.leaving = 0  # leaving: to code when a chunk ends
         self.position, self.boundary = torch.zeros(2, dtype=torch.long, device=device)
 
     def advance(self, tokens=0, compressed=0, replayed=False):
@@ -309,7 +304,6 @@ class DenseCache(Counters):
             self.mask = (torch.arange(self.last, device=self.kv.device) <= self.position)[None]
 
     def attend(self, layer, q, k, v):
-        """Append k, v (B, H, T, m), attend with q (B, G H, T, m): the output, shaped as q."""
         for x, cached in zip((k, v), self.kv[:, layer]):
             cached.index_copy_(2, self.new, x.to(cached.dtype))
         keys, values = self.kv[:, layer, :, :, :self.last].to(q.dtype)
@@ -327,7 +321,7 @@ class SparseCache(Counters):
     tokens, dense for good: heads that find nothing to look at look there (arXiv 2309.17453). batch:
     sequences of one length. capacity: tokens to reserve room for. coding: how codes are stored
     (CODINGS). pursuit: a function (D, Y, sparsity) -> indices, coefficients for D (N, m) and
-    Y (B, m). dtype: of what is dense."""
+    Y (V, m). dtype: of what is dense."""
     replayable = False  # until a step was seen to be the same launches at every length
 
     def __init__(self, config, dictionaries, sparsity=8, buffer=32, window=16, sinks=4, batch=1,
@@ -343,7 +337,7 @@ class SparseCache(Counters):
                              f"or buffer {buffer}, window {window} or sinks {sinks} is too low")
         self.dictionaries, self.sinks = dictionaries, sinks
         self.buffer, self.window, self.ring = buffer, window, buffer + window
-        # A search that was written for one dictionary is called for one after the other.
+        # Ours (--beam: a partial) take all dictionaries at once; yours is called for each in turn.
         batched = getattr(pursuit, "func", pursuit) in (omp, omp_beam)
         self.pursuit = pursuit if batched else one_by_one(pursuit)
         vectors = config.kv_heads // dictionaries.heads  # of a token, for each dictionary
@@ -354,7 +348,7 @@ class SparseCache(Counters):
             codes.reserve(max(0, capacity - buffer - sinks))
         # Dense tokens lie in slots: the sinks first, each for good, then a ring (see slot_of). Keys
         # carry their position (they are kept after RoPE), so attention does not mind the order.
-        self.slots = torch.arange(sinks + buffer + window, device=atoms.device)
+        self.slots = torch.arange(sinks + self.ring, device=atoms.device)
         self.dense = torch.zeros(2, config.n_layers, batch, config.kv_heads, len(self.slots),
                                  config.head_dim, device=atoms.device, dtype=dtype or atoms.dtype)
 
@@ -425,12 +419,12 @@ class SparseCache(Counters):
         self.advance(compressed=self.window)
 
     def encode(self, pairs, positions, x):
-        """Code x (n, B, H, T, m), of n dictionaries of one sparsity, as tokens `positions` (T,)."""
+        """Code x (n, B, H, T, m), n dictionaries of equal sparsity, as tokens sinks + positions."""
         group, D = [self.codes[pair] for pair in pairs], self.dictionaries.atoms.flatten(0, 1)
         if len(group) < len(self.codes):  # all of them are there without a copy
             D = torch.stack([codes.D for codes in group])
         scale = torch.stack([codes.scale for codes in group]).view(-1, 1, 1, 1, 1)
-        Y = join(x / scale, self.dictionaries.heads).flatten(1, 3)  # (n, B H T, M), float32
+        Y = join(x / scale, self.dictionaries.heads).flatten(1, 3)  # (n, V, M), float32
         parts = group[0].encode(D, Y, group[0].sparsity, self.pursuit)
         for codes, *own in zip(group, *parts):
             codes.reserve(self.compressed + x.shape[3])
@@ -445,7 +439,7 @@ class SparseCache(Counters):
         token, constant = self.dense[..., 0, :], atoms.nbytes + self.dictionaries.scale.nbytes
         buffer = token.nbytes * (self.length - self.compressed)
         allocated = constant + self.dense.nbytes + sum(part.nbytes for part in parts)
-        vectors = sum(part.shape[3] * part.itemsize for part in parts)  # one of each dictionary
+        vector = sum(part.shape[3] * part.itemsize for part in parts)  # one of each dictionary
         return {"codes": codes, "buffer": buffer, "total": codes + buffer, "allocated": allocated,
                 "dense": 2 * token.numel() * self.length, "dictionaries": constant,
-                "vector": vectors / (2 * atoms[:, :, 0].numel())}
+                "vector": vector / (2 * atoms[:, :, 0].numel())}

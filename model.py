@@ -139,7 +139,7 @@ class Llama(nn.Module):
         # A prompt passes in one go. What takes longer than two seconds shows a bar.
         for layer in tqdm(self.layers, "prompt", delay=2, disable=T == 1 or not self.verbose):
             x = layer(x, cos, sin, cache)
-            if T > 1 and x.is_cuda:
+            if T > 1 and x.is_cuda and self.verbose:
                 torch.cuda.synchronize()  # the bar tells what is done, not what is launched
         cache.end(T)
         return self.lm_head(self.norm(x[:, -1:] if last_only else x))
@@ -420,7 +420,7 @@ def door(what, way_out):
         yield
     except (InputError, KeyboardInterrupt, SystemExit, GeneratorExit):
         raise
-    except BaseException as error:  # for so the panics of `tokenizers` are derived
+    except BaseException as error:  # not Exception: a panic of `tokenizers` is none
         raise InputError(f"{what} ({type(error).__name__}: {error}); {way_out}") from None
 
 @contextmanager

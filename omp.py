@@ -32,14 +32,14 @@ def omp(D, Y, sparsity, tol=None):
     """Code every vector of Y over dictionary D by orthogonal matching pursuit.
 
     D: (N, m) atoms of unit norm, or (L, N, m), a batch of dictionaries.
-    Y: (B, m) vectors, or (L, B, m), each coded over the dictionary of its batch.
+    Y: (V, m) vectors, or (L, V, m), each coded over the dictionary of its batch.
     tol: stop a vector once its relative error ||y - z D|| / ||y|| is at most tol (default: never).
-    Returns indices (..., B, s) int64 and coefficients (..., B, s) in Y's dtype, float32 at least.
+    Returns indices (..., V, s) int64 and coefficients (..., V, s) in Y's dtype, float32 at least.
     Coefficients that are not needed are 0: zero vectors, a residual that is used up, a vector that
     met tol. Atoms of the others are distinct. Raises ValueError for what does not fit."""
     D3, Y3 = with_batch(D, Y, sparsity)
     found = omp_fused(D3, Y3, sparsity) if tol is None else None
-    return shape_as(Y, found or sliced(lambda D, Y: solve(*pursue(D, Y, sparsity, tol)), D3, Y3))
+    return unbatch(Y, found or sliced(lambda D, Y: solve(*pursue(D, Y, sparsity, tol)), D3, Y3))
 
 @torch.no_grad()
 def omp_beam(D, Y, sparsity, width):
@@ -55,64 +55,64 @@ def omp_beam(D, Y, sparsity, width):
         return omp(D, Y, sparsity)
     D3, Y3 = with_batch(D, Y, sparsity)
     search = lambda D, Y: solve(*pursue(D, Y, sparsity, chosen=pursue_beam(D, Y, sparsity, width)))
-    return shape_as(Y, sliced(search, D3, Y3, each=width**2))
+    return unbatch(Y, sliced(search, D3, Y3, each=width**2))
 
 @torch.no_grad()
 def omp_levels(D, Y, sparsity, bits, pursuit=omp):
     """Coefficients of few bits for the atoms that a pursuit chooses: multiples of a step for each
     vector. A coefficient is level * 2^(e / 16 - 8), |level| < 2^(bits - 1), e in 0 .. 255.
 
-    Returns indices and levels (..., B, s) and e (..., B, 1), int64."""
+    Returns indices and levels (..., V, s) and e (..., V, 1), int64."""
     D3, Y3 = with_batch(D, Y, sparsity)
     found = omp_fused(D3, Y3, sparsity, bits) if pursuit is omp else None
     chosen = [] if pursuit is omp else [pursuit(D, Y, sparsity)[0].reshape(*Y3.shape[:2], -1)]
     levels = lambda D, Y, chosen=None: solve(*pursue(D, Y, sparsity, chosen=chosen), bits=bits)
-    return shape_as(Y, found or sliced(levels, D3, Y3, *chosen))
+    return unbatch(Y, found or sliced(levels, D3, Y3, *chosen))
 
 def one_by_one(pursuit):
-    """A pursuit for one dictionary (N, m) and its vectors (B, m), as one for a batch of them."""
+    """A pursuit for one dictionary (N, m) and its vectors (V, m), as one for a batch of them."""
     def many(D, Y, sparsity):
-        found = [pursuit(*one, sparsity) for one in zip(D, Y)]
+        found = [pursuit(d.to(y.dtype), y, sparsity) for d, y in zip(D, Y)]  # D may be bf16
         return tuple(torch.stack(part) for part in zip(*found))
     return many
 
 def with_batch(D, Y, sparsity):
-    """D (L, N, m) and Y (L, B, m), L = 1 where they come without it, if they fit each other."""
+    """D (L, N, m) and Y (L, V, m), L = 1 where they come without it, if they fit each other."""
     D3, Y3 = (x[None] if x.dim() == 2 else x for x in (D, Y))
     if D3.dim() != 3 or D.dim() != Y.dim() or D3.shape[::2] != Y3.shape[::2]:  # L, m
-        raise ValueError(f"D {tuple(D.shape)} and Y {tuple(Y.shape)} do not fit: (N, m), (B, m) "
-                         "or (L, N, m), (L, B, m)")
+        raise ValueError(f"D {tuple(D.shape)} and Y {tuple(Y.shape)} do not fit: (N, m), (V, m) "
+                         "or (L, N, m), (L, V, m)")
     most = min(D3.shape[1:])
     if not 1 <= sparsity <= most:
         raise ValueError(f"sparsity {sparsity} is not within 1 .. {most}, the lesser of N and m")
     return D3, Y3
 
 def sliced(function, D, Y, *others, each=1):
-    """function(D, Y, *others) in float32 at least, on slices along B whose correlations, `each`
-    times N for a vector, fit CHUNK; its tuple of results (L, B, .)."""
+    """function(D, Y, *others) in float32 at least, on slices along V whose correlations, `each`
+    times N for a vector, fit CHUNK; its tuple of results (L, V, .)."""
     dtype = torch.promote_types(Y.dtype, torch.float32)
     D, size = D.to(dtype), max(1, CHUNK // (D.shape[0] * D.shape[1] * each))
     slices = zip(*(x.split(size, dim=1) for x in (Y.to(dtype), *others)))
     results = [function(D, *part) for part in slices]
     return tuple(torch.cat(result, dim=1) for result in zip(*results))
 
-def shape_as(Y, found):
-    """Results (L, B, .) in the shape of Y, with or without the batch of dictionaries."""
+def unbatch(Y, found):
+    """Results (L, V, .) in the shape of Y, with or without the batch of dictionaries."""
     return tuple(x.view(*Y.shape[:-1], x.shape[-1]) for x in found)
 
-# ---- The searches, for D (L, N, m) and Y (L, B, m) -----------------------------------------------
+# ---- The searches, for D (L, N, m) and Y (L, V, m) -----------------------------------------------
 
 def pursue(D, Y, sparsity, tol=None, chosen=None):
-    """OMP: indices (L, B, s), and what gives their coefficients: with Q the basis of the chosen
-    atoms A = U^T Q, U (L, B, s, s), and y's coordinates in it, Qy (L, B, s). chosen: the indices
-    that another search has found; only U and Qy are missing."""
-    (L, B, m), s = Y.shape, sparsity
-    indices = torch.zeros(L, B, s, dtype=torch.long, device=Y.device)
-    Q, U, Qy = Y.new_zeros(L, B, s, m), Y.new_zeros(L, B, s, s), Y.new_zeros(L, B, s)
-    residual, correlation = Y, Y.new_empty(L, B, D.shape[1])
+    """OMP: indices (L, V, s), and what gives their coefficients: U (L, V, s, s) and Qy (L, V, s).
+    Q is the basis of the chosen atoms A = U^T Q, and Qy holds y's coordinates in it. chosen: the
+    indices that another search has found; only U and Qy are missing."""
+    (L, V, m), s = Y.shape, sparsity
+    indices = torch.zeros(L, V, s, dtype=torch.long, device=Y.device)
+    Q, U, Qy = Y.new_zeros(L, V, s, m), Y.new_zeros(L, V, s, s), Y.new_zeros(L, V, s)
+    residual, correlation = Y, Y.new_empty(L, V, D.shape[1])
     for k in range(s):
         if chosen is None:
-            torch.bmm(residual, D.mT, out=correlation)  # (L, B, N)
+            torch.bmm(residual, D.mT, out=correlation)  # (L, V, N)
             correlation.abs_().scatter_(-1, indices[..., :k], -1)  # an atom is chosen once
         indices[..., k] = argmax_rows(correlation) if chosen is None else chosen[..., k]
         q, column = new_part(gather_atoms(D, indices[..., k:k + 1]), Q[..., :k, :])
@@ -120,7 +120,7 @@ def pursue(D, Y, sparsity, tol=None, chosen=None):
             goes_on = residual.norm(dim=-1, keepdim=True) > tol * Y.norm(dim=-1, keepdim=True)
             q, column = q * goes_on[..., None], column * goes_on[..., None]
         Q[..., k:k + 1, :], U[..., :k + 1, k] = q, column[..., 0, :]
-        Qy[..., k:k + 1] = (q @ residual[..., None])[..., 0]  # (L, B, 1)
+        Qy[..., k:k + 1] = (q @ residual[..., None])[..., 0]  # (L, V, 1), as <q, y>
         residual = residual - Qy[..., k:k + 1] * q[..., 0, :]
     return indices, U, Qy
 
@@ -135,57 +135,58 @@ def new_part(atoms, Q):
     return q * (adds / norm.clamp(min=1e-4)), torch.cat((products, norm * adds), dim=-1)
 
 def pursue_beam(D, Y, sparsity, width):
-    """Beam search: indices (L, B, s) of the best support found."""
-    def take(x, index):  # entries of x (L, B, beams or candidates, ...) by index (L, B, W)
+    """Beam search: indices (L, V, s) of the best support found."""
+    def take(x, index):  # entries of x (L, V, beams or candidates, ...) by index (L, V, W)
         index = index.view(index.shape + (1,) * (x.dim() - 3))
         return x.gather(2, index.expand(*index.shape[:3], *x.shape[3:]))
 
-    (L, N, m), B, W = D.shape, Y.shape[1], 1  # W beams now: one empty support, later up to width
+    (L, N, m), V, W = D.shape, Y.shape[1], 1  # W beams now: one empty support, later up to width
     label = torch.randint(2**62, (N,), generator=torch.Generator().manual_seed(0)).to(Y.device)
-    indices = torch.zeros(L, B, W, 0, dtype=torch.long, device=Y.device)
-    Q, residual = Y.new_zeros(L, B, W, 0, m), Y[:, :, None]  # (L, B, W, k, m), (L, B, W, m)
-    error = residual.square().sum(-1)  # (L, B, W); inf marks an unused beam
+    indices = torch.zeros(L, V, W, 0, dtype=torch.long, device=Y.device)
+    Q, residual = Y.new_zeros(L, V, W, 0, m), Y[:, :, None]  # (L, V, W, k, m), (L, V, W, m)
+    error = residual.square().sum(-1)  # (L, V, W); inf marks an unused beam
     for k in range(sparsity):
         # Candidates: the C best-correlated atoms of every beam, and what of each is new to it.
-        correlation = (residual.flatten(1, 2) @ D.mT).unflatten(1, (B, W))  # (L, B, W, N)
+        correlation = (residual.flatten(1, 2) @ D.mT).unflatten(1, (V, W))  # (L, V, W, N)
         correlation.abs_().scatter_(-1, indices, -1)
-        best = correlation.topk(min(width, N - k), dim=-1).indices  # (L, B, W, C)
-        q, C = new_part(gather_atoms(D, best), Q)[0], best.shape[-1]  # (L, B, W, C, m)
-        step = (q @ residual[..., None])[..., 0]  # (L, B, W, C)
-        after = (error[..., None] - step.square()).flatten(2)  # (L, B, W C)
+        best = correlation.topk(min(width, N - k), dim=-1).indices  # (L, V, W, C)
+        q, C = new_part(gather_atoms(D, best), Q)[0], best.shape[-1]  # (L, V, W, C, m)
+        step = (q @ residual[..., None])[..., 0]  # (L, V, W, C)
+        after = (error[..., None] - step.square()).flatten(2)  # (L, V, W C)
 
         # A support's key is the sum of its atoms' random labels, whatever their order. Candidate 0
         # extends the greedy beam by its greedy choice: never a duplicate, and always kept.
-        key = (label[indices].sum(-1)[..., None] + label[best]).flatten(2)  # (L, B, W C)
-        equal = key[..., :, None] == key[..., None, :]  # (L, B, W C, W C)
+        key = (label[indices].sum(-1)[..., None] + label[best]).flatten(2)  # (L, V, W C)
+        equal = key[..., :, None] == key[..., None, :]  # (L, V, W C, W C)
         after.masked_fill_(equal.tril(-1).any(dim=-1), torch.inf)
         rank = F.pad(after[..., 1:], (1, 0), value=-torch.inf)
-        keep = rank.topk(min(width, W * C), dim=-1, largest=False).indices  # (L, B, W)
+        keep = rank.topk(min(width, W * C), dim=-1, largest=False).indices  # (L, V, W)
         W, parent = keep.shape[-1], keep // C
         q, step = take(q.flatten(2, 3), keep), take(step.flatten(2), keep)
-        Q = torch.cat((take(Q, parent), q[..., None, :]), dim=-2)  # (L, B, W, k + 1, m)
+        Q = torch.cat((take(Q, parent), q[..., None, :]), dim=-2)  # (L, V, W, k + 1, m)
         indices = torch.cat((take(indices, parent), take(best.flatten(2), keep)[..., None]), dim=-1)
         residual = take(residual, parent) - step[..., None] * q
         error = residual.square().sum(-1).masked_fill(take(after, keep).isinf(), torch.inf)
     return take(indices, error.argmin(dim=-1, keepdim=True))[:, :, 0]
 
 def argmax_rows(x):
-    """Index of the largest number of every row of x (L, B, N).
+    """Index of the largest number of every row of x (L, V, N).
 
     In two steps, the best block of 64 and the best in it: on a CPU a plain maximum runs at full
     vector width, argmax does not, and it would cost as much as the product that x comes from."""
     if x.shape[-1] % 64 or x.numel() < 2**15:
         return x.argmax(dim=-1)
-    blocks = x.unflatten(-1, (-1, 64))  # (L, B, N / 64, 64)
-    block = blocks.amax(dim=-1).argmax(dim=-1)  # (L, B)
-    chosen = blocks.gather(2, block[..., None, None].expand(-1, -1, 1, 64))  # (L, B, 1, 64)
-    return block * 64 + chosen[:, :, 0].argmax(dim=-1)
+    blocks = x.unflatten(-1, (-1, 64))  # (L, V, N / 64, 64)
+    block = blocks.amax(dim=-1).argmax(dim=-1)  # (L, V)
+    first = torch.arange(0, x.numel() // 64, x.shape[-1] // 64, device=x.device).view_as(block)
+    chosen = F.embedding(first + block, blocks.flatten(0, 2))  # (L, V, 64)
+    return block * 64 + chosen.argmax(dim=-1)
 
 # ---- Coefficients, and vectors again -------------------------------------------------------------
 
 def solve(indices, U, Qy, bits=0):
     """From what pursue returns to coefficients, by back substitution of U z = Q y. Returns indices
-    and coefficients (L, B, s), or with bits: indices, levels and e (see omp_levels).
+    and coefficients (L, V, s), or with bits: indices, levels and e (see omp_levels).
 
     Levels are rounded on the way, from the last coefficient back, and each makes up for the
     rounding of those after it (Babai 1986, the nearest plane)."""
@@ -196,7 +197,7 @@ def solve(indices, U, Qy, bits=0):
         return indices, z
     limit, level = 2 ** (bits - 1) - 1, torch.zeros_like(z)
     e = 16 * (torch.log2(z.abs().amax(dim=-1, keepdim=True) / limit) + 8)  # |z| <= limit steps
-    e = e.round().clamp(0, 255)  # (L, B, 1)
+    e = e.round().clamp(0, 255)  # (L, V, 1)
     U, Qy = U * torch.exp2(e / 16 - 8)[..., None], Qy.clone()  # for z counted in steps
     for k in reversed(range(z.shape[-1])):
         level[..., k] = (Qy[..., k] / U[..., k, k]).round().clamp(-limit, limit)
@@ -213,7 +214,7 @@ def gather_atoms(D, indices):
     return F.embedding(in_one_table(indices, D.shape[1]), D.flatten(0, 1))
 
 def reconstruct(D, indices, coefficients):
-    """Vectors z D, (..., B, m), of codes (..., B, s) over D (N, m) or (L, N, m)."""
+    """Vectors z D, (..., V, m), of codes (..., V, s) over D (N, m) or (L, N, m)."""
     if D.dim() == 3:
         indices, D = in_one_table(indices, D.shape[1]), D.flatten(0, 1)
     out = F.embedding_bag(indices.flatten(0, -2), D, mode="sum",
@@ -221,7 +222,7 @@ def reconstruct(D, indices, coefficients):
     return out.view(*indices.shape[:-1], -1)
 
 def relative_error(D, Y, indices, coefficients):
-    """||y - z D|| / ||y|| of every vector, (..., B); 0 for zero vectors."""
+    """||y - z D|| / ||y|| of every vector, (..., V); 0 for zero vectors."""
     difference = Y - reconstruct(D, indices, coefficients).to(Y.dtype)
     return difference.norm(dim=-1) / Y.norm(dim=-1).clamp(min=1e-12)
 

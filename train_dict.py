@@ -4,7 +4,7 @@ Run the model over text, and all 2 L dictionaries learn at once from the key and
 pass. Two steps alternate (Engan et al. 1999, the method of optimal directions; Mairal et al. 2010,
 its online form). With X a batch of vectors, each a row:
 
-    code:     Z = OMP(X, D)                               s coefficients a row, D fixed
+    code:     Z = OMP(D, X)                               s coefficients a row, D fixed
     update:   D = argmin_D || X - Z D ||^2 = (Z^T Z)^-1 Z^T X,   then atoms back to unit norm
 
 The sums A = Z^T Z and B = Z^T X run over all batches seen, old ones fading, so that every update
@@ -61,7 +61,7 @@ class Simulated(NoCache):
     tokens as they are, older ones as compression left them. Errors of all layers add up.
 
     compress(layer, q, k, v), with q (B, H, G, T, m), k and v (B, H, 1, T, m), returns None (nothing
-    is lost), or k and v as they come back and which tokens are kept at all, (..., T) or None. A
+    is lost), or k, v as they come back and which tokens stay visible, (..., T), None for all. A
     token is old once `buffer` newer ones have come; `group` tokens are compressed at a time, none
     for queries before `start`, and never the first `sinks`."""
 
@@ -100,9 +100,9 @@ def divergence(model, atoms, scale, first, rows, sparsities):
             indices, level, e = omp_levels(atoms[i], x.flatten(0, 2) / scale[i], s, bits)
             z = scale[i] * level * torch.exp2(e / 16 - 8)
             x = split(reconstruct(atoms[i], indices, z).view_as(x), x.shape[3] // config.head_dim)
-            return *kv[:kind], x[:, :, None].to(q.dtype), *kv[kind + 1:], None  # kept: all tokens
+            return *kv[:kind], x[:, :, None].to(q.dtype), *kv[kind + 1:], None  # None: all are kept
         log_p = model(rows, Simulated(compress)).float().log_softmax(dim=-1)
-        return F.kl_div(log_p, full, log_target=True, reduction="sum") / rows.numel()
+        return F.kl_div(log_p, full, log_target=True, reduction="sum").clamp(min=0) / rows.numel()
 
     return torch.tensor([[cost(i, s) for s in sparsities] for i in range(len(atoms))]).to(full)
 
@@ -129,11 +129,12 @@ class Text:
         for start in chance.integers(len(data), size=count):
             tokens = []
             while len(tokens) < self.row_length:  # from the end, a row goes on at the beginning
-                piece = data[start:start + 8 * self.row_length].decode("utf-8", "ignore")
+                end = start + 8 * self.row_length
+                piece = data[start:end].decode("utf-8", "ignore")
                 ids = self.tokenizer.encode(piece, bos=not tokens)
                 if start == 0 and not ids:
                     raise InputError("the tokenizer makes no tokens of this text; give another one")
-                tokens, start = tokens + ids, 0
+                tokens, start = tokens + ids, end if end < len(data) else 0
             rows.append(tokens[:self.row_length])
         return torch.tensor(rows)
 
@@ -160,24 +161,24 @@ def wikitext():
 # ---- Learning ------------------------------------------------------------------------------------
 
 class Learner:
-    """Dictionaries D (M, N, m), M = 2 L, and all that is known to make them better: the sums
-    A = Z^T Z (M, N, N) and B = Z^T X (M, N, m), each atom's uses, `used` (M, N), and the largest
-    coefficient met, `largest` (M,). All are plain tensors: a checkpoint is a copy."""
+    """Dictionaries D (n, N, M), n = 2 L or a rank's share, and what makes them better: the sums
+    A = Z^T Z (n, N, N) and B = Z^T X (n, N, M), each atom's uses, `used` (n, N), and the largest
+    coefficient met, `largest` (n,). All are plain tensors: a checkpoint is a copy."""
 
     def __init__(self, D, sparsity, fade):
-        M, N, m = D.shape
+        n, N, M = D.shape
         self.sparsity, self.fade = sparsity, fade
-        self.state = {"D": D, "A": D.new_zeros(M, N, N), "B": D.new_zeros(M, N, m),
-                      "used": D.new_zeros(M, N), "largest": D.new_zeros(M)}
+        self.state = {"D": D, "A": D.new_zeros(n, N, N), "B": D.new_zeros(n, N, M),
+                      "used": D.new_zeros(n, N), "largest": D.new_zeros(n)}
 
     @torch.inference_mode()
     def step(self, X):
-        """Learn from vectors X (M, V, m): how many atoms of each dictionary were replaced (M,)."""
+        """Learn from vectors X (n, V, M): how many atoms of each dictionary were replaced (n,)."""
         D, *sums, largest = self.state.values()
-        indices, Z = omp(D, X, self.sparsity)  # (M, V, s)
+        indices, Z = omp(D, X, self.sparsity)  # (n, V, s)
         largest.copy_(largest.maximum(Z.abs().amax(dim=(1, 2))))
-        residual = (X - reconstruct(D, indices, Z)).norm(dim=-1)  # (M, V)
-        # One dictionary at a time, for what is (N, N) or (V, s, m) is large.
+        residual = (X - reconstruct(D, indices, Z)).norm(dim=-1)  # (n, V)
+        # One dictionary at a time: its tensors (N, N), (V, s, s) and (V, s, M) are large.
         replaced = map(self._update, D, *sums, X, indices, Z, residual)
         return torch.tensor([*replaced], device=X.device)
 
@@ -202,7 +203,7 @@ class Learner:
         return len(dead)
 
     def errors(self, X):
-        """Mean relative error of vectors X (M, V, m), for each dictionary (M,)."""
+        """Mean relative error of vectors X (n, V, M), for each dictionary (n,)."""
         D = self.state["D"]
         return relative_error(D, X, *omp(D, X, self.sparsity)).mean(dim=-1)
 
@@ -235,8 +236,7 @@ def learn(args, model, tokenizer):
         return X
 
     if args.fine_tune:
-        d = Dictionaries.load(args.fine_tune, device).check(config)
-        D, args.heads = d.atoms.flatten(0, 1)[mine], d.heads
+        D = Dictionaries.load(args.fine_tune, device).atoms.flatten(0, 1)[mine]
     else:  # atoms start as vectors of the text
         batches = ceil(args.atoms * args.heads / (tokens * config.kv_heads))
         X = torch.cat([batch(i) for i in range(batches)], dim=1)
@@ -406,6 +406,9 @@ def parse_arguments():
     if args.checkpoint.exists() and not args.resume:
         parser.error(f"{args.checkpoint} is of another run; go on with --resume, or delete it")
     config = Config.from_pretrained(args.model)
+    if args.fine_tune:
+        d = Dictionaries.load(args.fine_tune).check(config)
+        args.heads, args.atoms = d.heads, d.atoms.shape[2]
     M = args.heads * config.head_dim
     if config.kv_heads % args.heads or not args.sparsity <= M <= args.atoms:
         parser.error(f"--heads {args.heads} does not divide {config.kv_heads}, or --sparsity "

@@ -22,7 +22,7 @@ SHORTEST = 256  # tokens of a chunk, at least
 def products_and_dense(q, D, scale, keys, values, seen, products, dense_out, stats, rows, slots, N,
                        CHUNKS: tl.constexpr, G: tl.constexpr, HEADS: tl.constexpr, M: tl.constexpr,
                        TILE: tl.constexpr, BLOCK: tl.constexpr):
-    """The first programs attend to the dense tokens of a KV head each, the others form products."""
+    """The first programs take a KV head's dense tokens each, others form products. M: head_dim."""
     program, m = tl.program_id(0).to(tl.int64), tl.arange(0, M)[None, :]
     kv_heads, blocks = rows // G, N // BLOCK
     unit = 1.4426950408889634 / M**0.5  # the softmax counts in powers of two
@@ -103,7 +103,7 @@ def launch(q, key_codes, value_codes, compressed, keys, values, seen):
     room = shared // (2 * RP) - 2 * N  # for the scores of so many tokens, behind a table
     if (m not in (64, 128) or N % 64 or RP > 16 or max(s_k, s_v) > 128 or room < 2 * SHORTEST
             or capacity != room_v or D.dtype != keys.dtype
-            or key_codes.parts[1].dtype != (torch.uint8 if bits else torch.float8_e4m3fn)):
+            or key_codes.decode.__qualname__ not in ("FP8Codes.decode", "WordCodes.decode")):
         return None
     # As many chunks as fill the processors, or so many times more if a chunk's scores had no room.
     chunks = max(chip.multi_processor_count // codes, 1)

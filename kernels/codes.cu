@@ -9,7 +9,7 @@
 typedef unsigned char u8;
 typedef unsigned short u16;
 constexpr int LARGEST = BITS ? 1 << (BITS - 1) : 448;  // coefficient, in steps
-constexpr int PER_TOKEN = RP < 2 ? 1 : RP < 8 ? 2 : 4, PER_THREAD = RP / PER_TOKEN;
+constexpr int PER_TOKEN = RP < 2 ? 1 : RP < 8 ? 2 : 4, PER_THREAD = RP / PER_TOKEN;  // RP: padded R
 __device__ float to_float(u16 half) {
   float x;
   asm("cvt.f32.f16 %0, %1;" : "=f"(x) : "h"(half));

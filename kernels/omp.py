@@ -21,17 +21,17 @@ import triton.language as tl
 ATOMS = tl.constexpr(64)  # of a tile
 
 @triton.jit
-def substitute(z, triangle, r, j, step, ROWS: tl.constexpr, S: tl.constexpr,
+def substitute(Qy, triangle, r, j, step, ROWS: tl.constexpr, S: tl.constexpr,
                S_PADDED: tl.constexpr, LIMIT: tl.constexpr):
-    """Solve U c = z (ROWS, S_PADDED) from the last coefficient back; with LIMIT in steps, rounded:
-    adding 1.5 * 2^23 leaves a float no room for a fraction."""
+    """Solve U z = Q y (ROWS, S_PADDED) from the last coefficient back, in Qy's place; with LIMIT in
+    steps, rounded: adding 1.5 * 2^23 leaves a float no room for a fraction."""
     for k in range(S - 1, -1, -1):
         U = tl.load(triangle + (k * ROWS + r) * S_PADDED + j, mask=j <= k, other=0.0)
-        c = tl.sum(tl.where(j == k, z * U, 0), axis=1)[:, None]  # 1 / U[k, k] is stored there
+        z = tl.sum(tl.where(j == k, Qy * U, 0), axis=1)[:, None]  # 1 / U[k, k] is stored there
         if LIMIT > 0:
-            c = tl.minimum(tl.maximum(c / step, -LIMIT), LIMIT) + 12582912.0 - 12582912.0
-        z = tl.where(j == k, c, z - U * (c * step))
-    return z
+            z = tl.minimum(tl.maximum(z / step, -LIMIT), LIMIT) + 12582912.0 - 12582912.0
+        Qy = tl.where(j == k, z, Qy - U * (z * step))
+    return Qy
 
 @triton.jit(do_not_specialize=["items", "B"])
 def omp_kernel(Y, D, D_low, scratch, sync, indices, coefficients, exponents, items, B,
@@ -70,7 +70,7 @@ def omp_kernel(Y, D, D_low, scratch, sync, indices, coefficients, exponents, ite
             value, best = tl.max(largest, axis=0, return_indices=True)  # (ROWS,)
             others = tl.where(tl.arange(0, ATOMS)[:, None] == best[None, :], 0, largest)
             value, best = value[:, None], ((value & TILE_BITS) * ATOMS + best)[:, None]
-            if SPLIT == 1:
+            if SPLIT == 1:  # the second best waits where Q y's number k will be
                 second, lane = tl.max(others, axis=0, return_indices=True)
                 second = ((second & TILE_BITS) * ATOMS + lane)[:, None]
                 tl.store(triangle + (S * ROWS + r) * S_PADDED + k, second.to(tl.float32))
@@ -116,17 +116,17 @@ def omp_kernel(Y, D, D_low, scratch, sync, indices, coefficients, exponents, ite
                 tl.store(triangle + S * ROWS * S_PADDED + corner + k, projection)
         tl.debug_barrier()
         # 4. The coefficients.
-        z = tl.load(triangle + (S * ROWS + r) * S_PADDED + j, mask=j < S, other=0.0)
-        c = substitute(z, triangle, r, j, 1.0, ROWS, S, S_PADDED, 0)
+        Qy = tl.load(triangle + (S * ROWS + r) * S_PADDED + j, mask=j < S, other=0.0)
+        z = substitute(Qy, triangle, r, j, 1.0, ROWS, S, S_PADDED, 0)
         if LIMIT > 0:
-            e = tl.floor(16 * (tl.log2(tl.max(tl.abs(c), axis=1)[:, None] / LIMIT) + 8) + 0.5)
+            e = tl.floor(16 * (tl.log2(tl.max(tl.abs(z), axis=1)[:, None] / LIMIT) + 8) + 0.5)
             e = tl.minimum(tl.maximum(e, 0.0), 255.0)  # (ROWS, 1)
-            c = substitute(z, triangle, r, j, tl.exp2(e / 16 - 8), ROWS, S, S_PADDED, LIMIT)
+            z = substitute(Qy, triangle, r, j, tl.exp2(e / 16 - 8), ROWS, S, S_PADDED, LIMIT)
             tl.store(exponents + vector, e.to(tl.int64), mask=real)
         if part == 0:
             final = tl.load(chosen + r * S_PADDED + j, mask=j < S, other=0.0).to(tl.int64)
             tl.store(indices + vector * S + j, final, mask=real & (j < S))
-            tl.store(coefficients + vector * S + j, c.to(coefficients.dtype.element_ty),
+            tl.store(coefficients + vector * S + j, z.to(coefficients.dtype.element_ty),
                      mask=real & (j < S))
 
 def launch(D, Y, sparsity, bits=0):

@@ -108,6 +108,9 @@ def test_a_text_depends_on_prompt_and_seed_not_on_where_it_comes_from(tmp_path):
         f"--prompt '{text}'", f"--prompt-file {path}", f"--prompt - < {path}",
         "--prompt 'The é\r\ndog'", f"--prompt '{text}' --seed 1"))
     assert first[0] == 0 and same == [first] * 3 and other != first
+    greedy, narrow = (call(f"{command} {option} --quiet --prompt '{text}'")
+                      for option in ("--temperature 0", "--top-p 1e-6"))
+    assert greedy == narrow != first
     assert "\nThe ?\ndog" in call(f"{command} --prompt '{text}' --json {tmp_path}/link", ascii)[1]
     call(f"{command} --prompt '{text}' --json {tmp_path}/fifo")
     for figures in (tmp_path / "real").read_text(), os.read(fifo, 2**16):

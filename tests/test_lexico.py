@@ -159,11 +159,10 @@ def test_words_take_two_bytes_a_coefficient_and_err_little_more(N, coding, nbyte
 
 def test_dictionaries_come_back_as_they_were_saved_and_must_fit(tmp_path):
     d = dictionaries(heads=2)
-    d.save(tmp_path / "d")
+    (tmp_path / "d").write_bytes(d.serialise())
     back = Dictionaries.load(tmp_path / "d").check(CONFIG)
     torch.testing.assert_close(back.atoms, d.atoms.bfloat16().float())
     assert torch.equal(back.scale, d.scale) and back.heads == 2 and back.metadata == d.metadata
-    assert [path.name for path in tmp_path.iterdir()] == ["d"]
     assert says("KV heads", d.check, replace(CONFIG, kv_heads=3, n_heads=3))
     assert says("word (up to 8192)", sparse, 2, 4, dictionaries(8193), 1, "word")
 
@@ -175,6 +174,6 @@ def test_damaged_dictionaries_are_refused_by_name(tmp_path, name, values):
             getattr(d, name)[1, 2] = value
         else:
             (vars(d) if name == "shape" else d.metadata).update({name: value})
-        d.save(path)
+        path.write_bytes(d.serialise())
         path.write_bytes(path.read_bytes()[:value if name == "length" else None])
         assert says(f"dictionary '{path}' is damaged", Dictionaries.load, path), value

@@ -125,12 +125,13 @@ def test_a_model_has_many_names_and_needs_no_network_twice(folder, tmp_path_fact
     monkeypatch.setenv("HOME", str(folder.parent))
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(hub))
     shutil.copy(TINY / "dictionary.safetensors", folder)
+    (folder / "generation_config.json").write_text('{"eos_token_id": 7}')  # which comes first
     shutil.copytree(folder, hub / "models--some--one/snapshots" / commit)  # no optional files
     (hub / "models--some--one/refs").mkdir()
     (hub / "models--some--one/refs/main").write_text(commit)
     name = folder.name
     for name in (name, f"./{name}", f"{name}/", f"~/{name}", f"~/{name}/", folder, "some/one"):
-        assert Config.from_pretrained(name) == replace(SMALL, tied=True)
+        assert Config.from_pretrained(name) == replace(SMALL, tied=True, eos_ids=(7,))
         assert Llama.from_pretrained(name, "cpu") and Tokenizer.from_pretrained(name)
         assert Dictionaries.load(name) and Dictionaries.load(Dictionaries.find(name))
 
