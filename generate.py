@@ -259,7 +259,7 @@ def parse_arguments():
     add("--chat", action="store_true", help="converse, a line a turn, until an empty one")
     add("--system", metavar="TEXT", help="the system prompt of --chat")
     add("--model", default="tiny", help='a folder, a Hub id, or "tiny" (default)')
-    add("--dictionary", help="a file, a folder or a Hub id; default: the one of the model's folder")
+    add("--dictionary", help="a file, a folder or a Hub id; default: the one for the model")
     add("--sparsity", default="auto:20%", type=read_sparsity, help="coefficients a vector, or "
         "(default) auto:20%%: those that serve best in 20%% of a vector's 16-bit size on average")
     add("--buffer", type=number(int, 0, 2**24), default=32, help="newest tokens kept dense (32)")

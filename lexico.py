@@ -120,12 +120,13 @@ class Dictionaries:
     @classmethod
     def find(cls, model):
         """Path of the dictionary that lies in a model's folder, or for it in dictionaries/."""
-        learned = Path(__file__).parent.glob(f"dictionaries/*--{Path(model).name}.safetensors")
+        name = Path(model).absolute().name
+        learned = Path(__file__).parent.glob(f"dictionaries/*--{name}.safetensors")
         for path in (find_folder(model) / "dictionary.safetensors", *learned):
             if path.is_file():
                 return path
-        raise InputError(f"no dictionary is known for '{model}'; give --dictionary, or --dense, or "
-                         f"learn one: python train_dict.py --model {model}")
+        raise InputError(f"no dictionary is known for '{model}'; give --dictionary FILE, or learn "
+                         f"one: python train_dict.py --model {model}")
 
 def shape_of(config):
     """What must agree between dictionaries and a model. Not kv_heads: all heads share the atoms."""

@@ -54,7 +54,7 @@ class Lexico(TemplateLM):
         args, config, room = self.args, self.config, self.config.context + 1 - count
         if room < 1:
             raise InputError(f"{count} tokens after a prompt are more than the model's context of "
-                             f"{config.context}; give --max-new-tokens, or another task or model")
+                             f"{config.context}; give fewer (--max-new-tokens), or another task")
         ids = (ids or [self.prefix_token_id])[-room:]
         self.text.check(ids, config)
         prompt, room = torch.tensor([ids], device=args.device), len(ids) + count  # (1, T)
@@ -129,6 +129,8 @@ def main():
     args = parse_arguments()
     if TemplateLM is object:
         raise InputError("lm-evaluation-harness is not installed; pip install -e '.[eval]'")
+    if args.include_path and not Path(args.include_path).is_dir():
+        raise InputError(f"--include-path {args.include_path} is no folder; name the one of tasks")
     names = args.tasks.split(",")
     about = {"tokenizer": str(find_folder(args.model)), "max_seq_lengths": args.lengths}
     with door(f"--tasks {args.tasks} cannot be loaded", "check network, packages, --include-path"):

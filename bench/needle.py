@@ -1,11 +1,11 @@
 """Needle in a haystack: a pass key, told once in a text that says nothing, asked for at its end.
 
-As in quality.py, a prompt and its answer pass in one go through a simulated cache. A key is found
-if each of its tokens is the likeliest, given the right ones before it: then greedy decoding prints
-it. Most methods code a token once `--buffer` newer ones have come: the prompt itself attends to
-codes, which were made before the question was known. SnapKV, PyramidKV and ZipCache let the prompt
-pass exactly, and rank its tokens at its end by what it attended to: they know the question. What is
-calibrated sees 32 rows of --calibrate, by default the stories that `tiny` was held to.
+As in quality.py, a prompt and its answer pass in one go through a simulated cache. The prompt
+attends exactly, as through every real cache; then all but its newest tokens are compressed, and the
+answer sees what is left of them. A key is found if each of its tokens is the likeliest, given the
+right ones before it: then greedy decoding prints it. SnapKV, PyramidKV and ZipCache rank tokens by
+what the prompt's end attended to: they know the question, all others do not. What is calibrated
+sees 32 rows of --calibrate, by default the stories that `tiny` was held to.
 
 The table gives the share of keys found at each length, then at each depth (0: the first line, 1:
 the last), and the memory at the least length, where what is stored once for all tokens weighs most.
@@ -44,10 +44,16 @@ class Haystack(quality.Judge):
         n = round(10 * (length - len(tokenizer.encode(TEXT))) / len(tokenizer.encode(10 * HAY)))
         above = round(depth * n)
         for key in random.Random(seed).sample(range(10_000, 100_000), trials):
-            asked = tokenizer.encode(TEXT.format(HAY * above, key, HAY * (n - above)))
-            row = torch.tensor([asked + tokenizer.encode(f" {key}", bos=False)])
-            # What ranks tokens does so once the prompt has passed, and there the answer begins.
+            text = TEXT.format(HAY * above, key, HAY * (n - above))
+            row, asked = torch.tensor([tokenizer.encode(f"{text} {key}")]), tokenizer.encode(text)
             self.facts.append((row.to(model.norm.weight.device), len(asked), len(asked)))
+
+    def logits(self, row, make, start):
+        def exact_prompt(start):
+            cache = make(start)
+            cache.start = start  # no query before the answer finds anything compressed
+            return cache
+        return super().logits(row, exact_prompt, start)
 
 def main():
     parser = Parser(description=__doc__.partition("\n")[0], allow_abbrev=False)
@@ -55,7 +61,8 @@ def main():
     add("--model", default="HuggingFaceTB/SmolLM2-135M-Instruct", help="a folder or a Hub id")
     add("--dictionary", metavar="FILE", help="default: the one that is known for the model")
     add("--calibrate", default=quality.ROOT / "tiny" / "held-out.txt", help="a text (stories)")
-    add("--lengths", type=count(256, 2**20), nargs="+", default=[512, 1024, 2048, 4096])
+    add("--lengths", type=count(256, 2**20), nargs="+", default=[512, 1024, 2048, 4096],
+        help="tokens of a prompt, about (512 1024 2048 4096)")
     add("--depths", type=count(2, 2**10), default=5, help="evenly from 0 to 1 (5)")
     add("--trials", type=count(1, 2**10), default=4, help="keys for each length and depth (4)")
     add("--buffer", type=count(1, 64), default=32, help="newest tokens kept dense (32)")

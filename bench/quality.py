@@ -148,7 +148,7 @@ def draw(points):
              ylabel="KL(full || compressed) per token, nats")
     axes.xaxis.set_major_formatter("{x:.0%}")
     axes.grid(alpha=0.3)
-    axes.legend(fontsize="small")
+    axes.legend(fontsize="small", loc="upper left", bbox_to_anchor=(1, 1))
     figure.savefig(png, dpi=120, bbox_inches="tight")
     return png.getvalue()
 

@@ -13,10 +13,10 @@ The tables are in pretrain.json: how many rows of a batch come from each group, 
 files to skip (the worse copy of a book that is there twice, scholarship about stories, language not
 to learn), what to edit in a text and why, lines that are story, facts to recall and their words."""
 
+import argparse
 import json
 import random
 import re
-import sys
 import unicodedata
 from pathlib import Path
 
@@ -187,4 +187,9 @@ def save_pretrained(model, folder, dtype=torch.bfloat16):
     Path(folder, "config.json").write_text(json.dumps(to_hf(model.config, dtype), indent=2) + "\n")
 
 if __name__ == "__main__":
-    {"prepare": prepare, "train": train}[sys.argv[1]](*sys.argv[2:])
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("command", choices=("prepare", "train"))
+    parser.add_argument("source", help="folders of stories, or the folder of prepared data")
+    parser.add_argument("out", help="a folder")
+    args = parser.parse_args()
+    {"prepare": prepare, "train": train}[args.command](args.source, args.out)
