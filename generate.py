@@ -29,20 +29,21 @@ from train_dict import Parser, between, output_file, plain_text, run_program
 
 # ---- Decoding ------------------------------------------------------------------------------------
 
-def sample(logits, temperature, top_p, generator):
-    """Next tokens (B,) from logits (B, vocab): the likeliest one at temperature 0; else drawn from
-    the smallest set of tokens that holds top_p of the probability (Holtzman et al. 2020)."""
-    if temperature < 1e-6:  # logits divided by less may overflow
-        return logits.argmax(dim=-1)
-    p, tokens = (logits.float() / temperature).softmax(dim=-1).sort(dim=-1, descending=True)
-    p[p.cumsum(dim=-1) - p >= top_p] = 0  # what comes before a token alone reaches top_p
-    choice = torch.multinomial(p.cpu(), 1, generator=generator).to(tokens.device)
-    return tokens.gather(-1, choice)[:, 0]
-
 def sampler(args):
-    """A function logits -> tokens for generate. Each new sampler draws the same numbers again."""
+    """A function logits (B, vocab) -> next tokens (B,): the likeliest one at temperature 0; else
+    drawn from the smallest set of tokens that holds top_p of the probability (Holtzman et al.
+    2020). Each new sampler draws the same numbers again."""
     generator = torch.Generator().manual_seed(args.seed)
-    return lambda logits: sample(logits, args.temperature, args.top_p, generator)
+
+    def sample(logits):
+        if args.temperature < 1e-6:  # logits divided by less may overflow
+            return logits.argmax(dim=-1)
+        p, tokens = (logits.float() / args.temperature).softmax(-1).sort(dim=-1, descending=True)
+        p[p.cumsum(dim=-1) - p >= args.top_p] = 0  # what comes before a token alone reaches top_p
+        choice = torch.multinomial(p.cpu(), 1, generator=generator).to(tokens.device)
+        return tokens.gather(-1, choice)[:, 0]
+
+    return sample
 
 def clock(device):
     """Seconds, once the device has done what it was given."""
@@ -86,7 +87,7 @@ def generate(model, cache, prompt, count, choose, record=False, ends=()):
                              "try --dtype float32, or other weights")
         token.copy_(choose(logits)[:, None])
         middle = clock(device)
-        if isinstance(cache, SparseCache) and cache.full:
+        if isinstance(cache, SparseCache) and cache.waiting >= cache.ring:
             code()
         yield {"tokens": token[:, 0].clone(), "logits": logits.clone(), "forward": middle - start,
                "coding": clock(device) - middle, "bytes": cache.nbytes(),

@@ -361,14 +361,9 @@ class SparseCache(Counters):
         """Tokens in the ring, not coded yet."""
         return self.length - self.sinks - self.compressed
 
-    @property
-    def full(self):
-        """Whether it is time to code the oldest tokens of the ring."""
-        return self.waiting >= self.ring
-
     def begin(self, T):
         """Work out, for all layers, where T new tokens go and what they see."""
-        if T == 1 and self.full:
+        if T == 1 and self.waiting >= self.ring:  # it is full
             self.compress()
         # As many of the ring's and of the new tokens as pass the buffer are coded at once.
         self.leaving = max(0, self.waiting + T - self.buffer) if T > 1 else 0

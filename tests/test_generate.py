@@ -147,7 +147,7 @@ def test_every_token_passes_the_model_once(tmp_path, monkeypatch, capsys):
     answers = iter([65, 66, 4097, 67, 68, 69, 4097])  # ended, cut, ended
     monkeypatch.setattr("builtins.input", lambda prompt: prompts.add(prompt) or next(turns))
     monkeypatch.setattr("sys.stdin", SimpleNamespace(isatty=lambda: True))
-    monkeypatch.setattr(generate, "sample", lambda *args: torch.tensor([next(answers)]))
+    monkeypatch.setattr(generate, "sampler", lambda _: lambda _: torch.tensor([next(answers)]))
     args = SimpleNamespace(model=folder, device="cpu", system="Be brief.", seed=0, temperature=0,
                            top_p=1, max_new_tokens=3, quiet=False)
     ours, cache = Tokenizer.from_pretrained(folder), DenseCache(model.config, device="cpu")
