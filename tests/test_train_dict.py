@@ -9,13 +9,14 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 from safetensors.torch import load_file
 from test_generate import HELD_OUT, call, refused, start
 from test_model import model_folder, random_model
 
 from lexico import DenseCache, Dictionaries
 from model import Config, Llama, Tokenizer
-from train_dict import Text, save_checkpoint, vectors
+from train_dict import Learner, Text, save_checkpoint, vectors
 
 ERROR = re.compile(r"keys ([\d.]+) values")
 
@@ -66,6 +67,13 @@ def test_learning_lowers_the_held_out_error_and_fine_tuning_starts_from_there(le
     assert float(ERROR.findall(call(f"{tuned} --out {tmp_path}/d")[1])[0]) < first
     assert call(f"{command} --heads 2 --out {tmp_path}/wide.safetensors")[0] == 0
     assert Dictionaries.load(tmp_path / "wide.safetensors").atoms.shape == (2, 1, 128, 128)
+
+def test_an_atom_that_serves_none_makes_way_for_a_vector():
+    X = F.pad(torch.randn(1, 300, 7), (1, 0))  # none has a part along the first axis
+    D = torch.cat((F.normalize(X[:, :15], dim=-1), torch.eye(8)[None, :1]), dim=1)
+    learner = Learner(D, 2, fade=0.9)
+    assert learner.step(X) == 1
+    assert (F.normalize(X[0], dim=-1) @ learner.state["D"][0, 15]).max() > 0.999
 
 # ---- Nothing is lost -----------------------------------------------------------------------------
 
