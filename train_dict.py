@@ -386,7 +386,7 @@ def parse_arguments():
         "as published; more at equal bytes lose less where memory is short)")
     add("--atoms", type=number(int, 1, 2**15), default=1024, help="atoms of a dictionary (1024)")
     add("--sparsity", type=number(int, 1, 2**12), default=8, help="coefficients a vector (8)")
-    add("--tokens", type=number(int, 1, inf), default=100_000, help="to learn from (100000)")
+    add("--tokens", type=number(int, 1, inf), default=1_000_000, help="to learn from (1000000)")
     add("--batch", type=number(int, 16, 2**24), default=2048, help="tokens of a step (2048)")
     add("--fade", type=number(float, 0, 1), default=0.9, help="what a step keeps of sums (0.9)")
     add("--out", type=Path, metavar="FILE", help="default: MODEL.dictionary.safetensors")
