@@ -25,10 +25,10 @@ from train_dict import Parser, run_program, vectors
 def iht(D, Y, sparsity, steps=100, refit=True):
     """Iterative hard thresholding (Blumensath, Davies 2008): z = H_s(z + (y - z D) D^T / ||D||^2).
 
-    H_s keeps the s largest coefficients. D (N, m), Y (B, m); codes as for omp."""
+    H_s keeps the s largest coefficients. D (N, m), Y (V, m). Codes are as for omp."""
     D, Y = D.float(), Y.float()
     rate = 1 / torch.linalg.matrix_norm(D, 2) ** 2
-    Z = Y.new_zeros(Y.shape[0], D.shape[0])  # (B, N)
+    Z = Y.new_zeros(Y.shape[0], D.shape[0])  # (V, N)
     for _ in range(steps):
         Z = Z + rate * (Y - Z @ D) @ D.T
         Z = torch.zeros_like(Z).scatter_(-1, *largest(D, Y, Z, sparsity, refit=False))
@@ -40,8 +40,8 @@ def lasso(D, Y, sparsity, penalty=0.1, steps=100, refit=True):
     Minimises 1/2 ||y - z D||^2 + lambda ||z||_1, with lambda = penalty max |<y, d_n>|."""
     D, Y = D.float(), Y.float()
     rate = 1 / torch.linalg.matrix_norm(D, 2) ** 2
-    threshold = rate * penalty * (Y @ D.T).abs().amax(dim=-1, keepdim=True)  # (B, 1)
-    Z = ahead = Y.new_zeros(Y.shape[0], D.shape[0])  # (B, N)
+    threshold = rate * penalty * (Y @ D.T).abs().amax(dim=-1, keepdim=True)  # (V, 1)
+    Z = ahead = Y.new_zeros(Y.shape[0], D.shape[0])  # (V, N)
     t = 1.0
     for _ in range(steps):
         before, t_before = Z, t
@@ -52,7 +52,7 @@ def lasso(D, Y, sparsity, penalty=0.1, steps=100, refit=True):
     return largest(D, Y, Z, sparsity, refit)
 
 def largest(D, Y, Z, sparsity, refit):
-    """Indices and coefficients (B, s) of the largest in Z (B, N), or of a least-squares refit."""
+    """Indices and coefficients (V, s) of the largest in Z (V, N), or of a least-squares refit."""
     indices = Z.abs().topk(sparsity, dim=-1).indices
     if refit:
         return indices, torch.linalg.lstsq(D[indices].mT, Y[..., None]).solution[..., 0]

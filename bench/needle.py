@@ -1,7 +1,7 @@
 """Needle in a haystack: a pass key, told once in a text that says nothing, asked for at its end.
 
 As in quality.py, a prompt and its answer pass in one go through a simulated cache. The prompt
-attends exactly, as through every real cache; then all but its newest tokens are compressed, and the
+attends exactly, as through every real cache. Then all but its newest tokens are compressed, and the
 answer sees what is left of them. A key is found if each of its tokens is the likeliest, given the
 right ones before it: then greedy decoding prints it. SnapKV, PyramidKV and ZipCache rank tokens by
 what the prompt's end attended to: they know the question, all others do not. What is calibrated

@@ -13,7 +13,7 @@
 
 Each is a function of its settings and of layer, q (B, H, G, T, m), k and v (B, H, 1, T, m), that
 says how keys and values come back, and which tokens are kept (see train_dict.Simulated). `spared`
-are the tokens that stay as they are, buffer and sinks, the same for all; what is measured begins at
+are the tokens that stay as they are, buffer and sinks, the same for all. What is measured begins at
 `start`. The memory beside each counts all that a token takes: numbers, scales, zeros, norms. What a
 model has once, whatever the context (rotations, centroids, components), is not counted, nor are
 Lexico's dictionaries."""

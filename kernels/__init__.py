@@ -26,7 +26,7 @@ def kernels_serve(device):
         return False
 
 def omp_fused(D, Y, sparsity, bits=0):
-    """What solve(*pursue(D, Y, sparsity), bits) of omp.py returns; D (L, N, m), Y (L, B, m)."""
+    """What solve(*pursue(D, Y, sparsity), bits) of omp.py returns; D (L, N, m), Y (L, V, m)."""
     if kernels_serve(D.device):
         from kernels.omp import launch
         return launch(D, Y, sparsity, bits)
