@@ -6,10 +6,11 @@ each. Here they stay in registers:
 - A program keeps the residuals of ROWS vectors in shared memory, as FP8 for the tensor cores, and
   streams the dictionary past them, a tile of ATOMS atoms at a time, from the L2 cache.
 - Every register keeps its own maximum of |product|, and threads compare theirs once, after all
-  tiles. The lowest bits of that float are not its own: they are the number of the tile.
+  tiles. The lowest bits of that float are not its own: they are the number of the atom.
 - FP8 may take one atom for another that is nearly as good: so the two best of the sweep compete
   again in float32. (Without, the final error grows by 0.5 %, and by 0.1 % with it, on real
-  vectors.) The refit is in float32, and the next step chooses for what is really left.
+  vectors.) The refit is in float32, and the next step chooses for what is really left. Only the
+  basis is kept in half precision if the atoms are in bf16: all of it does not fit the L2 cache.
 - Few vectors would leave most of the GPU idle. So SPLIT programs, all running at once, sweep a part
   of the dictionary each, in bf16, and agree on the best atom by an atomic maximum."""
 
@@ -34,17 +35,17 @@ def substitute(Qy, triangle, r, j, step, ROWS: tl.constexpr, S: tl.constexpr,
     return Qy
 
 @triton.jit(do_not_specialize=["items", "B"])
-def omp_kernel(Y, D, D_low, scratch, sync, indices, coefficients, exponents, items, B,
+def omp_kernel(Y, D, D_low, scratch, bases, sync, indices, coefficients, exponents, items, B,
                SIZE: tl.constexpr, N: tl.constexpr, M: tl.constexpr, S: tl.constexpr,
                S_PADDED: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
-               TILE_BITS: tl.constexpr, SPLIT: tl.constexpr, LIMIT: tl.constexpr):
+               INDEX_BITS: tl.constexpr, SPLIT: tl.constexpr, LIMIT: tl.constexpr):
     """OMP of B vectors for each dictionary; an item of work is ROWS vectors of one of them."""
     TILES: tl.constexpr = N // ATOMS // SPLIT
     part, items_each = tl.program_id(0) % SPLIT, tl.cdiv(B, ROWS)  # items of each dictionary
     r, m, j = tl.arange(0, ROWS)[:, None], tl.arange(0, M)[None, :], tl.arange(0, S_PADDED)[None, :]
     residual = scratch + tl.program_id(0).to(tl.int64) * SIZE  # (ROWS, M), the program's own
-    basis = residual + ROWS * M  # (S, ROWS, M)
-    triangle = basis + S * ROWS * M  # (S + 1, ROWS, S_PADDED): columns of U (A = U^T Q), then Q y
+    basis = bases + tl.program_id(0).to(tl.int64) * S * ROWS * M  # (S, ROWS, M)
+    triangle = residual + ROWS * M  # (S + 1, ROWS, S_PADDED): columns of U (A = U^T Q), then Q y
     chosen = triangle + (S + 1) * ROWS * S_PADDED  # (ROWS, S_PADDED) atoms
     for item in range(tl.program_id(0) // SPLIT, items, tl.num_programs(0) // SPLIT):
         dictionary, group = (item // items_each).to(tl.int64), item % items_each
@@ -58,31 +59,30 @@ def omp_kernel(Y, D, D_low, scratch, sync, indices, coefficients, exponents, ite
             if SPLIT == 1:  # in the middle of FP8's range, whatever the residual's length
                 columns *= 64 / tl.sqrt(tl.sum(columns * columns, axis=1) + 1e-30)[:, None]
             first_tile, backward = part * TILES, k % 2 == 1
-            in_tile = tl.arange(0, ATOMS)[:, None] * M + m
+            lane = tl.arange(0, ATOMS)[:, None]
             columns = tl.trans(columns.to(D_low.dtype.element_ty))  # (M, ROWS): the residuals
             largest = tl.zeros([ATOMS, ROWS], tl.int32)
             for t in range(TILES):
                 tile = first_tile + tl.where(backward, TILES - 1 - t, t)
-                product = tl.dot(tl.load(atoms + tile * ATOMS * M + in_tile), columns)
+                product = tl.dot(tl.load(atoms + tile * ATOMS * M + lane * M + m), columns)
                 # As integers, which sort like positive floats, without the sign and lowest bits.
-                absolute = product.to(tl.int32, bitcast=True) & (0x7FFFFFFF - TILE_BITS)
-                largest = tl.maximum(largest, absolute | tile)  # (ATOMS, ROWS)
-            value, best = tl.max(largest, axis=0, return_indices=True)  # (ROWS,)
-            others = tl.where(tl.arange(0, ATOMS)[:, None] == best[None, :], 0, largest)
-            value, best = value[:, None], ((value & TILE_BITS) * ATOMS + best)[:, None]
+                absolute = product.to(tl.int32, bitcast=True) & (0x7FFFFFFF - INDEX_BITS)
+                largest = tl.maximum(largest, absolute | (tile * ATOMS + lane))  # (ATOMS, ROWS)
+            best = tl.max(largest, axis=0)  # (ROWS,)
             if SPLIT == 1:  # the second best waits where Q y's number k will be
-                second, lane = tl.max(others, axis=0, return_indices=True)
-                second = ((second & TILE_BITS) * ATOMS + lane)[:, None]
-                tl.store(triangle + (S * ROWS + r) * S_PADDED + k, second.to(tl.float32))
+                second = tl.max(tl.where(largest == best[None, :], 0, largest), axis=0)[:, None]
+                tl.store(triangle + (S * ROWS + r) * S_PADDED + k,
+                         (second & INDEX_BITS).to(tl.float32))
+                best = best[:, None]
             else:
                 agreed = sync + items + vector * S + k  # behind a counter for each item
-                tl.atomic_max(agreed, (value.to(tl.int64) << 32) | best, mask=real)
+                tl.atomic_max(agreed, best[:, None], mask=real)
                 tl.debug_barrier()
                 tl.atomic_add(sync + item, 1, sem="release")
                 while tl.atomic_add(sync + item, 0, sem="acquire") < SPLIT * (k + 1):
                     pass
-                agreed = tl.load(agreed, mask=real, other=0, cache_modifier=".cg")
-                best = (agreed & 0xFFFFFFFF).to(tl.int32)
+                best = tl.load(agreed, mask=real, other=0, cache_modifier=".cg")
+            best &= INDEX_BITS
             tl.store(chosen + r * S_PADDED + k, best.to(tl.float32))  # exact up to 2^24
             tl.debug_barrier()
             for b in range(ROWS // BLOCK):  # as many vectors at a time as registers hold
@@ -101,7 +101,7 @@ def omp_kernel(Y, D, D_low, scratch, sync, indices, coefficients, exponents, ite
                     atom = tl.where(wins, rival, atom)
                     tl.store(chosen + corner + k, tl.where(wins, other, new).to(tl.float32))
                 for i in range(k):
-                    q, next_q = next_q, tl.load(basis + (i + 1) * ROWS * M + here)
+                    q, next_q = next_q.to(tl.float32), tl.load(basis + (i + 1) * ROWS * M + here)
                     p = tl.sum(atom * q, axis=1)[:, None]
                     atom -= p * q
                     tl.store(triangle + k * ROWS * S_PADDED + corner + i, p)
@@ -109,8 +109,9 @@ def omp_kernel(Y, D, D_low, scratch, sync, indices, coefficients, exponents, ite
                 scale = tl.where(norm2 > 1e-8, 1 / tl.sqrt(tl.maximum(norm2, 1e-8)), 0.0)
                 tl.store(triangle + k * ROWS * S_PADDED + corner + k, scale)  # 1 / U[k, k]
                 # 3. The refit: take the new direction out of the residual.
-                q = atom * scale
+                q = (atom * scale).to(bases.dtype.element_ty)
                 tl.store(basis + k * ROWS * M + here, q)
+                q = q.to(tl.float32)
                 projection = tl.sum(rest * q, axis=1)[:, None]
                 tl.store(residual + here, rest - projection * q)
                 tl.store(triangle + S * ROWS * S_PADDED + corner + k, projection)
@@ -141,25 +142,27 @@ def launch(D, Y, sparsity, bits=0):
     # Few vectors want many loads in flight; many vectors want three programs on a processor.
     rows = 16 if B <= 32 else 32 if B <= 128 else 64
     stages = 3 if M > 128 or rows == 32 else 4
-    size = rows * ((1 + sparsity) * M + (2 + sparsity) * padded)  # scratch of a program, in numbers
-    room = 2**26 // size  # programs: 256 MB serve any number of items
+    size = rows * (M + (2 + sparsity) * padded)  # scratch of a program, in numbers
+    room = 2**26 // (rows * sparsity * M)  # programs: 256 MB serve any number of items
     processors = torch.cuda.get_device_properties(D.device).multi_processor_count
     tiles, items, split = N // ATOMS.value, L * triton.cdiv(B, rows), 1
     while 2 * split * items <= min(processors, room) and tiles % (2 * split) == 0:
         split *= 2
     programs = min(items * split, 3 * processors, room)
     scratch = D.new_empty(programs * size, dtype=torch.float32)
-    sync = D.new_zeros(items + L * B * sparsity if split > 1 else 1, dtype=torch.int64)
+    kept = torch.float16 if D.dtype == torch.bfloat16 else torch.float32
+    bases = D.new_empty((programs * sparsity + 1) * rows * M, dtype=kept)
+    sync = D.new_zeros(items + L * B * sparsity if split > 1 else 1, dtype=torch.int32)
     indices, exponents = (D.new_empty(L, B, n, dtype=torch.int64) for n in (sparsity, 1))
     coefficients = D.new_empty(L, B, sparsity, dtype=torch.int64 if bits else torch.float32)
     D_low = D  # Triton's interpreter multiplies neither in bf16 nor in FP8
     if D.is_cuda:
         fp8 = split == 1 and torch.cuda.get_device_capability(D.device) >= (8, 9)
-        D_low = (16 * D).to(torch.float8_e4m3fn if fp8 else torch.bfloat16)
+        D_low = (16 * D).to(torch.float8_e4m3fn) if fp8 else D.to(torch.bfloat16)
     omp_kernel[(programs,)](
-        Y.float().contiguous(), D.contiguous(), D_low.contiguous(), scratch, sync, indices,
+        Y.float().contiguous(), D.contiguous(), D_low.contiguous(), scratch, bases, sync, indices,
         coefficients, exponents, items, B, size, N, M, sparsity, padded, rows, min(rows, 32),
-        triton.next_power_of_2(tiles) - 1, split, 2.0 ** (bits - 1) - 1 if bits else 0,
+        triton.next_power_of_2(N) - 1, split, 2.0 ** (bits - 1) - 1 if bits else 0,
         num_warps=max(4, M // 32), num_stages=stages,
         maxnreg=168 if B > 128 and M <= 128 else None)
     return (indices, coefficients, exponents) if bits else (indices, coefficients)
