@@ -67,7 +67,7 @@ def omp_kernel(Y, D, D_low, scratch, bases, sync, indices, coefficients, exponen
                 product = tl.dot(tl.load(atoms + tile * ATOMS * M + lane * M + m), columns)
                 # As integers, which sort like positive floats, without the sign and lowest bits.
                 absolute = product.to(tl.int32, bitcast=True) & (0x7FFFFFFF - INDEX_BITS)
-                largest = tl.maximum(largest, absolute | (tile * ATOMS + lane))  # (ATOMS, ROWS)
+                largest = tl.maximum(largest, absolute + (tile * ATOMS + lane))  # (ATOMS, ROWS)
             best = tl.max(largest, axis=0)  # (ROWS,)
             if SPLIT == 1:  # the second best waits where Q y's number k will be
                 second = tl.max(tl.where(largest == best[None, :], 0, largest), axis=0)[:, None]
