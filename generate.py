@@ -352,8 +352,12 @@ def main():
             if args.compare:  # so that what is measured awaits no compiler
                 next(start(dense, sampler(args)))
             steps, stream, ended = [], tokenizer.stream(), "interrupted"
+            todo = start(dense, sampler(args))
+            if shown:
+                say(f"{about}\n step  token             forward ms  coding ms  a vector      cache"
+                    "  of dense")
             try:
-                for step in start(dense, sampler(args)):
+                for step in todo:
                     step["logits"] = step["logits"].cpu()  # off the memory that is measured
                     steps.append(step)
                     if shown:
@@ -369,8 +373,6 @@ def main():
                 print(stream(None))
             return steps, summary(steps, ended, prompt)
 
-        say(f"{about}\n"
-            " step  token             forward ms  coding ms  a vector      cache  of dense")
         name, (steps, taken) = "dense" if args.dense else "sparse", run(args.dense, shown=True)
         tokens = [step["tokens"][0].item() for step in steps]
         figures = {"text": tokenizer.decode(tokens), name: taken}

@@ -333,9 +333,12 @@ class SparseCache(Counters):
         if coding not in CODINGS or N > CODINGS[coding].most_atoms:
             raise InputError(f"coding '{coding}' holds no {N} atoms; use " + " or ".join(
                 f"{name} (up to {kind.most_atoms})" for name, kind in CODINGS.items()))
-        if not 1 <= table.min() <= table.max() <= min(N, M) or min(buffer, window - 1, sinks) < 0:
-            raise InputError(f"sparsity {sparsity} is not within 1 .. {min(N, M)} (N or M), "
-                             f"or buffer {buffer}, window {window} or sinks {sinks} is too low")
+        if not 1 <= table.min() <= table.max() <= min(N, M):
+            raise InputError(f"sparsity {sparsity} is not within 1 .. {min(N, M)}, the lesser of "
+                             "N and M; choose within it")
+        if min(buffer, window - 1, sinks) < 0:
+            raise InputError(f"buffer {buffer}, window {window} or sinks {sinks} is too low; give "
+                             "0 or more, and a window of 1 or more")
         self.dictionaries, self.sinks = dictionaries, sinks
         self.buffer, self.window, self.ring = buffer, window, buffer + window
         # Ours (--beam: a partial) take all dictionaries at once; yours is called for each in turn.

@@ -73,6 +73,9 @@ def one_by_one(pursuit):
     """A pursuit for one dictionary (N, m) and its vectors (V, m), as one for a batch of them."""
     def many(D, Y, sparsity):
         found = [pursuit(d.to(y.dtype), y, sparsity) for d, y in zip(D, Y)]  # D may be bf16
+        shapes, fits = [tuple(part.shape) for part in found[0]], (Y.shape[1], sparsity)
+        if shapes != [fits, fits]:
+            raise ValueError(f"the pursuit gave shapes {shapes}, not twice {fits}")
         return tuple(torch.stack(part) for part in zip(*found))
     return many
 

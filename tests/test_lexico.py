@@ -142,6 +142,12 @@ def test_omp_codes_a_prompt_layer_by_layer_and_then_all_layers_in_one_call(codin
     run(sparse(4, 2, None, 4, coding, pursuit=watched), [20, *[1] * 9])
     assert calls == [(1, 64, 16, 1, 2 * 18, 16)] * 6 + [(6, 64, 16, 6, 2 * 4, 16)] * 2
 
+@pytest.mark.parametrize("coding", ["fp8", "word"])
+def test_a_pursuit_of_other_shapes_is_refused(coding):
+    short = lambda D, Y, sparsity: omp(D, Y, sparsity - 1)
+    with pytest.raises(ValueError, match=r"shapes \[\(36, 3\), \(36, 3\)\], not twice \(36, 4\)"):
+        run(sparse(4, 2, None, 4, coding, pursuit=short), [20])
+
 @pytest.mark.parametrize("N, coding, nbytes, worse", [
     (64, "fp8", 12, 1.02), (64, "word", 9, 1.01), (4096, "word", 9, 1.15)])  # 10 bits a level, or 4
 def test_words_take_two_bytes_a_coefficient_and_err_little_more(N, coding, nbytes, worse):
