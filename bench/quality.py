@@ -2,7 +2,7 @@
 
 Text is decoded with the right tokens given (teacher forcing), through a cache in which every token
 older than the buffer is compressed. Each layer sees what the compressed layers below made of its
-input, so errors compound as in real decoding; but all positions run at once: query t sees token u
+input, so errors compound as in real decoding, but all positions run at once: query t sees token u
 as it is if t - u < buffer, else as it comes back from the codes. Against the full cache we take
 
     KL      mean KL(full || compressed) of the next-token distributions, in nats
@@ -11,7 +11,7 @@ as it is if t - u < buffer, else as it comes back from the codes. Against the fu
     recall  how often a fact that was told once, somewhere far back, is recalled to the last digit
 
 in the second half of every row. Memory is the bytes of a compressed vector over those of its
-numbers in 16 bits; buffer and sinks, the same for all methods, are not counted. Peers: peers.py.
+numbers in 16 bits. Buffer and sinks, the same for all methods, are not counted. Peers: peers.py.
 
     python bench/quality.py --rows 3 --only "KIVI|auto" --figure quality.png"""
 

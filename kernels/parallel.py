@@ -14,7 +14,7 @@ from model import InputError, best_device, door
 
 def world(device=None):
     """(device, rank, ranks): what to compute on, and which of how many processes this one is.
-    Without torchrun, 0 of 1; under it, every rank has a GPU of its own, and only 0 prints."""
+    Without torchrun, 0 of 1. Under it, every rank has a GPU of its own, and only 0 prints."""
     with door(f"--device {device} cannot be used here", "leave it out, or say cpu"):
         device = torch.device(device or best_device())
         if device.type == "cuda":  # kernels and graphs go to what is the current one
