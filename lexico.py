@@ -391,15 +391,15 @@ class SparseCache(Counters):
             out = attend_fused(*step)
             self.replayable = out is not None and self.pursuit is omp
             return attend_codes(*step) if out is None else out
-        kv = torch.cat((dense[:, :, :, self.places[:-T]].to(kv.dtype), kv), dim=3)
         if self.length == 0:  # a prompt attends exactly
             out = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
         else:
+            kv = torch.cat((dense[:, :, :, self.places[:-T]].to(kv.dtype), kv), dim=3)
             out = attend_codes(q, *codes, self.boundary, *kv, self.seen)
         leaves = slice(self.sinks, self.sinks + self.leaving)
-        for kind in (KEYS, VALUES) if self.leaving else ():
-            x = kv[kind, None, :, :, leaves]
-            self.encode([(kind, layer)], self.tokens[leaves] - self.sinks, x)
+        if self.leaving:
+            pairs, positions = [(KEYS, layer), (VALUES, layer)], self.tokens[leaves] - self.sinks
+            self.encode(pairs, positions, kv[:, :, :, leaves])
         for stay in (slice(leaves.start), slice(leaves.stop, None)):  # those before and after
             dense[:, :, :, self.places[stay]] = kv[:, :, :, stay].to(dense.dtype)
         return out
@@ -412,22 +412,24 @@ class SparseCache(Counters):
             return
         coded = self.boundary + torch.arange(self.window, device=self.slots.device)
         oldest = self.dense.index_select(4, self.slot_of(self.sinks + coded))
-        for s in {codes.sparsity for codes in self.codes.values()}:  # equal ones are coded at once
-            pairs = [pair for pair, codes in self.codes.items() if codes.sparsity == s]
-            self.encode(pairs, coded, torch.stack([oldest[pair] for pair in pairs]))
+        self.encode([*self.codes], coded, oldest.flatten(0, 1))
         self.advance(compressed=self.window)
 
     def encode(self, pairs, positions, x):
-        """Code x (n, B, H, T, m), n dictionaries of equal sparsity, as tokens sinks + positions."""
-        group, D = [self.codes[pair] for pair in pairs], self.dictionaries.atoms.flatten(0, 1)
-        if len(group) < len(self.codes):  # all of them are there without a copy
-            D = torch.stack([codes.D for codes in group])
-        scale = torch.stack([codes.scale for codes in group]).view(-1, 1, 1, 1, 1)
-        Y = join(x / scale, self.dictionaries.heads).flatten(1, 3)  # (n, V, M), float32
-        parts = group[0].encode(D, Y, group[0].sparsity, self.pursuit)
-        for codes, *own in zip(group, *parts):
-            codes.reserve(self.compressed + x.shape[3])
-            codes.write(positions, own)
+        """Code x (n, B, H, T, m), for the n dictionaries `pairs`, as tokens sinks + positions. Those
+        of equal sparsity are coded in one call: the more vectors, the better a GPU is filled."""
+        for s in {self.codes[pair].sparsity for pair in pairs}:
+            equal = [i for i, pair in enumerate(pairs) if self.codes[pair].sparsity == s]
+            group, D = [self.codes[pairs[i]] for i in equal], self.dictionaries.atoms.flatten(0, 1)
+            if len(group) < len(self.codes):  # all of them are there without a copy
+                D = torch.stack([codes.D for codes in group])
+            scale = torch.stack([codes.scale for codes in group]).view(-1, 1, 1, 1, 1)
+            theirs = x if len(group) == len(x) else torch.stack([x[i] for i in equal])
+            Y = join(theirs / scale, self.dictionaries.heads).flatten(1, 3)  # (n, V, M), float32
+            parts = group[0].encode(D, Y, s, self.pursuit)
+            for codes, *own in zip(group, *parts):
+                codes.reserve(self.compressed + x.shape[3])
+                codes.write(positions, own)
 
     def nbytes(self):
         """Bytes in use by codes, by what is dense and in total; of dictionaries (there once, for

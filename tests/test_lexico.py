@@ -140,7 +140,7 @@ def test_omp_codes_a_prompt_layer_by_layer_and_then_all_layers_in_one_call(codin
     calls = []
     monkeypatch.setattr(lexico, "omp", watched)
     run(sparse(4, 2, None, 4, coding, pursuit=watched), [20, *[1] * 9])
-    assert calls == [(1, 64, 16, 1, 2 * 18, 16)] * 6 + [(6, 64, 16, 6, 2 * 4, 16)] * 2
+    assert calls == [(2, 64, 16, 2, 2 * 18, 16)] * 3 + [(6, 64, 16, 6, 2 * 4, 16)] * 2
 
 @pytest.mark.parametrize("coding", ["fp8", "word"])
 def test_a_pursuit_of_other_shapes_is_refused(coding):
