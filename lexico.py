@@ -416,8 +416,8 @@ class SparseCache(Counters):
         self.advance(compressed=self.window)
 
     def encode(self, pairs, positions, x):
-        """Code x (n, B, H, T, m), for the n dictionaries `pairs`, as tokens sinks + positions. Those
-        of equal sparsity are coded in one call: the more vectors, the better a GPU is filled."""
+        """Code x (n, B, H, T, m), for n dictionaries `pairs`, as tokens sinks + positions. Those of
+        equal sparsity are coded in one call: more vectors fill a GPU better."""
         for s in {self.codes[pair].sparsity for pair in pairs}:
             equal = [i for i, pair in enumerate(pairs) if self.codes[pair].sparsity == s]
             group, D = [self.codes[pairs[i]] for i in equal], self.dictionaries.atoms.flatten(0, 1)

@@ -65,8 +65,8 @@ def omp_kernel(Y, D, D_low, scratch, bases, sync, indices, coefficients, exponen
             for t in range(TILES):
                 tile = first_tile + tl.where(backward, TILES - 1 - t, t)
                 product = tl.dot(tl.load(atoms + tile * ATOMS * M + lane * M + m), columns)
-                # As integers, which sort like positive floats, without the sign and lowest bits. The
-                # atom's number is added there: a GPU adds and takes the maximum in one instruction.
+                # As integers, which sort like positive floats, without the sign and lowest bits.
+                # There the atom's number is added: sum and maximum are one instruction of a GPU.
                 absolute = product.to(tl.int32, bitcast=True) & (0x7FFFFFFF - INDEX_BITS)
                 largest = tl.maximum(largest, absolute + (tile * ATOMS + lane))  # (ATOMS, ROWS)
             best = tl.max(largest, axis=0)  # (ROWS,)
