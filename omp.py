@@ -75,7 +75,8 @@ def one_by_one(pursuit):
         found = [pursuit(d.to(y.dtype), y, sparsity) for d, y in zip(D, Y)]  # D may be bf16
         shapes, fits = [tuple(part.shape) for part in found[0]], (Y.shape[1], sparsity)
         if shapes != [fits, fits]:
-            raise ValueError(f"the pursuit gave shapes {shapes}, not twice {fits}")
+            raise ValueError(f"the pursuit gave shapes {shapes}; its indices and its coefficients "
+                             f"must be {fits}")
         return tuple(torch.stack(part) for part in zip(*found))
     return many
 

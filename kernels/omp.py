@@ -35,8 +35,8 @@ def substitute(Qy, triangle, r, j, step, ROWS: tl.constexpr, S: tl.constexpr,
     return Qy
 
 @triton.jit(do_not_specialize=["items", "B"])
-def omp_kernel(Y, D, D_low, scratch, bases, sync, indices, coefficients, exponents, items, B,
-               SIZE: tl.constexpr, N: tl.constexpr, M: tl.constexpr, S: tl.constexpr,
+def omp_kernel(Y, D, D_low, scratch, directions, sync, indices, coefficients, exponents, items,
+               B, SIZE: tl.constexpr, N: tl.constexpr, M: tl.constexpr, S: tl.constexpr,
                S_PADDED: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
                INDEX_BITS: tl.constexpr, SPLIT: tl.constexpr, LIMIT: tl.constexpr):
     """OMP of B vectors for each dictionary; an item of work is ROWS vectors of one of them."""
@@ -44,7 +44,7 @@ def omp_kernel(Y, D, D_low, scratch, bases, sync, indices, coefficients, exponen
     part, items_each = tl.program_id(0) % SPLIT, tl.cdiv(B, ROWS)  # items of each dictionary
     r, m, j = tl.arange(0, ROWS)[:, None], tl.arange(0, M)[None, :], tl.arange(0, S_PADDED)[None, :]
     residual = scratch + tl.program_id(0).to(tl.int64) * SIZE  # (ROWS, M), the program's own
-    basis = bases + tl.program_id(0).to(tl.int64) * S * ROWS * M  # (S, ROWS, M)
+    basis = directions + tl.program_id(0).to(tl.int64) * S * ROWS * M  # (S, ROWS, M)
     triangle = residual + ROWS * M  # (S + 1, ROWS, S_PADDED): columns of U (A = U^T Q), then Q y
     chosen = triangle + (S + 1) * ROWS * S_PADDED  # (ROWS, S_PADDED) atoms
     for item in range(tl.program_id(0) // SPLIT, items, tl.num_programs(0) // SPLIT):
@@ -110,7 +110,7 @@ def omp_kernel(Y, D, D_low, scratch, bases, sync, indices, coefficients, exponen
                 scale = tl.where(norm2 > 1e-8, 1 / tl.sqrt(tl.maximum(norm2, 1e-8)), 0.0)
                 tl.store(triangle + k * ROWS * S_PADDED + corner + k, scale)  # 1 / U[k, k]
                 # 3. The refit: take the new direction out of the residual.
-                q = (atom * scale).to(bases.dtype.element_ty)
+                q = (atom * scale).to(directions.dtype.element_ty)
                 tl.store(basis + k * ROWS * M + here, q)
                 q = q.to(tl.float32)
                 projection = tl.sum(rest * q, axis=1)[:, None]
@@ -151,8 +151,8 @@ def launch(D, Y, sparsity, bits=0):
         split *= 2
     programs = min(items * split, 3 * processors, room)
     scratch = D.new_empty(programs * size, dtype=torch.float32)
-    kept = torch.float16 if D.dtype == torch.bfloat16 else torch.float32
-    bases = D.new_empty((programs * sparsity + 1) * rows * M, dtype=kept)
+    kept = torch.float16 if D.dtype == torch.bfloat16 else torch.float32  # all programs' bases
+    directions = D.new_empty((programs * sparsity + 1) * rows * M, dtype=kept)
     sync = D.new_zeros(items + L * B * sparsity if split > 1 else 1, dtype=torch.int32)
     indices, exponents = (D.new_empty(L, B, n, dtype=torch.int64) for n in (sparsity, 1))
     coefficients = D.new_empty(L, B, sparsity, dtype=torch.int64 if bits else torch.float32)
@@ -161,9 +161,9 @@ def launch(D, Y, sparsity, bits=0):
         fp8 = split == 1 and torch.cuda.get_device_capability(D.device) >= (8, 9)
         D_low = (16 * D).to(torch.float8_e4m3fn) if fp8 else D.to(torch.bfloat16)
     omp_kernel[(programs,)](
-        Y.float().contiguous(), D.contiguous(), D_low.contiguous(), scratch, bases, sync, indices,
-        coefficients, exponents, items, B, size, N, M, sparsity, padded, rows, min(rows, 32),
-        triton.next_power_of_2(N) - 1, split, 2.0 ** (bits - 1) - 1 if bits else 0,
+        Y.float().contiguous(), D.contiguous(), D_low.contiguous(), scratch, directions, sync,
+        indices, coefficients, exponents, items, B, size, N, M, sparsity, padded, rows,
+        min(rows, 32), triton.next_power_of_2(N) - 1, split, 2.0 ** (bits - 1) - 1 if bits else 0,
         num_warps=max(4, M // 32), num_stages=stages,
         maxnreg=168 if B > 128 and M <= 128 else None)
     return (indices, coefficients, exponents) if bits else (indices, coefficients)
