@@ -339,7 +339,7 @@ class SparseCache(Counters):
         if min(buffer, window - 1, sinks) < 0:
             raise InputError(f"buffer {buffer}, window {window} or sinks {sinks} is too low; give "
                              "0 or more, and a window of 1 or more")
-        self.dictionaries, self.sinks = dictionaries, sinks
+        self.dictionaries, self.sinks, self.scale = dictionaries, sinks, scale.tolist()
         self.buffer, self.window, self.ring = buffer, window, buffer + window
         # Ours (--beam: a partial) take all dictionaries at once; yours is called for each in turn.
         batched = getattr(pursuit, "func", pursuit) in (omp, omp_beam)
@@ -384,9 +384,9 @@ class SparseCache(Counters):
     def attend(self, layer, q, k, v):
         """Append k, v (B, H, T, m), attend with q (B, G H, T, m): the output, shaped as q."""
         dense, codes = self.dense[:, layer], [self.codes[kind, layer] for kind in (KEYS, VALUES)]
-        T, kv = q.shape[2], torch.stack((k, v))  # (2, B, H, T, m)
+        T, kv = q.shape[2], (k, v)
         if T == 1:
-            dense.index_copy_(3, self.places, kv.to(dense.dtype))
+            dense.index_copy_(3, self.places, torch.stack(kv).to(dense.dtype))
             step = q, *codes, self.boundary, *dense, self.seen
             out = attend_fused(*step)
             self.replayable = out is not None and self.pursuit is omp
@@ -394,14 +394,18 @@ class SparseCache(Counters):
         if self.length == 0:  # a prompt attends exactly
             out = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
         else:
-            kv = torch.cat((dense[:, :, :, self.places[:-T]].to(kv.dtype), kv), dim=3)
+            earlier = dense[:, :, :, self.places[:-T]].to(q.dtype)
+            kv = [torch.cat(pair, dim=2) for pair in zip(earlier, kv)]
             out = attend_codes(q, *codes, self.boundary, *kv, self.seen)
         leaves = slice(self.sinks, self.sinks + self.leaving)
         if self.leaving:
-            pairs, positions = [(KEYS, layer), (VALUES, layer)], self.tokens[leaves] - self.sinks
-            self.encode(pairs, positions, kv[:, :, :, leaves])
+            x = k.new_empty(2, *k.shape[:2], self.leaving, k.shape[3])  # of both, in one pass
+            for new, vectors, scale in zip(x, kv, self.scale):
+                torch.div(vectors[:, :, leaves], scale[layer], out=new)
+            self.encode([(KEYS, layer), (VALUES, layer)], self.tokens[leaves] - self.sinks, x)
         for stay in (slice(leaves.start), slice(leaves.stop, None)):  # those before and after
-            dense[:, :, :, self.places[stay]] = kv[:, :, :, stay].to(dense.dtype)
+            for x, slots in zip(kv, dense):
+                slots[:, :, self.places[stay]] = x[:, :, stay].to(dense.dtype)
         return out
 
     def compress(self):
@@ -412,20 +416,20 @@ class SparseCache(Counters):
             return
         coded = self.boundary + torch.arange(self.window, device=self.slots.device)
         oldest = self.dense.index_select(4, self.slot_of(self.sinks + coded))
-        self.encode([*self.codes], coded, oldest.flatten(0, 1))
+        scale = self.dictionaries.scale.view(-1, 1, 1, 1, 1)
+        self.encode([*self.codes], coded, oldest.flatten(0, 1) / scale)
         self.advance(compressed=self.window)
 
     def encode(self, pairs, positions, x):
-        """Code x (n, B, H, T, m), for n dictionaries `pairs`, as tokens sinks + positions. Those of
-        equal sparsity are coded in one call: more vectors fill a GPU better."""
+        """Code x (n, B, H, T, m), in units of the scale, for n dictionaries `pairs`, as tokens
+        sinks + positions. Those of equal sparsity share a call: more vectors fill a GPU better."""
         for s in {self.codes[pair].sparsity for pair in pairs}:
             equal = [i for i, pair in enumerate(pairs) if self.codes[pair].sparsity == s]
             group, D = [self.codes[pairs[i]] for i in equal], self.dictionaries.atoms.flatten(0, 1)
             if len(group) < len(self.codes):  # all of them are there without a copy
                 D = torch.stack([codes.D for codes in group])
-            scale = torch.stack([codes.scale for codes in group]).view(-1, 1, 1, 1, 1)
             theirs = x if len(group) == len(x) else torch.stack([x[i] for i in equal])
-            Y = join(theirs / scale, self.dictionaries.heads).flatten(1, 3)  # (n, V, M), float32
+            Y = join(theirs, self.dictionaries.heads).flatten(1, 3)  # (n, V, M)
             parts = group[0].encode(D, Y, s, self.pursuit)
             for codes, *own in zip(group, *parts):
                 codes.reserve(self.compressed + x.shape[3])

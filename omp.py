@@ -70,9 +70,10 @@ def omp_levels(D, Y, sparsity, bits, pursuit=omp):
     return unbatch(Y, found or sliced(levels, D3, Y3, *chosen))
 
 def one_by_one(pursuit):
-    """A pursuit for one dictionary (N, m) and its vectors (V, m), as one for a batch of them."""
+    """A pursuit for one dictionary (N, m) and its vectors (V, m), both in float32, as one for a
+    batch of them."""
     def many(D, Y, sparsity):
-        found = [pursuit(d.to(y.dtype), y, sparsity) for d, y in zip(D, Y)]  # D may be bf16
+        found = [pursuit(d.float(), y.float(), sparsity) for d, y in zip(D, Y)]
         shapes, fits = [tuple(part.shape) for part in found[0]], (Y.shape[1], sparsity)
         if shapes != [fits, fits]:
             raise ValueError(f"the pursuit gave shapes {shapes}; its indices and its coefficients "

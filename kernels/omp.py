@@ -50,7 +50,8 @@ def omp_kernel(Y, D, D_low, scratch, directions, sync, indices, coefficients, ex
     for item in range(tl.program_id(0) // SPLIT, items, tl.num_programs(0) // SPLIT):
         dictionary, group = (item // items_each).to(tl.int64), item % items_each
         vector, real = dictionary * B + group * ROWS + r, r < B - group * ROWS  # (ROWS, 1)
-        tl.store(residual + r * M + m, tl.load(Y + vector * M + m, mask=real, other=0.0))
+        y = tl.load(Y + vector * M + m, mask=real, other=0.0)
+        tl.store(residual + r * M + m, y.to(tl.float32))
         for k in range(S):
             # 1. The choice of the atom with the largest |<r, d_n>|. Every other step begins with
             # the last tile, which the step before may have left in the L2 cache.
@@ -62,12 +63,17 @@ def omp_kernel(Y, D, D_low, scratch, directions, sync, indices, coefficients, ex
             lane = tl.arange(0, ATOMS)[:, None]
             columns = tl.trans(columns.to(D_low.dtype.element_ty))  # (M, ROWS): the residuals
             largest = tl.zeros([ATOMS, ROWS], tl.int32)
+            # A product of FP8 is a float16: as float32 it ends in 13 zero bits.
+            half: tl.constexpr = D_low.dtype.element_ty == tl.float8e4nv and INDEX_BITS < 2**13
             for t in range(TILES):
                 tile = first_tile + tl.where(backward, TILES - 1 - t, t)
-                product = tl.dot(tl.load(atoms + tile * ATOMS * M + lane * M + m), columns)
-                # As integers, which sort like positive floats, without the sign and lowest bits.
-                # There the atom's number is added: sum and maximum are one instruction of a GPU.
-                absolute = product.to(tl.int32, bitcast=True) & (0x7FFFFFFF - INDEX_BITS)
+                product = tl.dot(tl.load(atoms + tile * ATOMS * M + lane * M + m), columns,
+                                 out_dtype=tl.float16 if half else tl.float32)
+                # As integers, which sort like positive floats, with the atom's number added in the
+                # lowest bits: sum and maximum are one instruction of a GPU.
+                absolute = tl.abs(product).to(tl.float32).to(tl.int32, bitcast=True)
+                if not half:
+                    absolute &= -1 - INDEX_BITS
                 largest = tl.maximum(largest, absolute + (tile * ATOMS + lane))  # (ATOMS, ROWS)
             best = tl.max(largest, axis=0)  # (ROWS,)
             if SPLIT == 1:  # the second best waits where Q y's number k will be
@@ -90,8 +96,8 @@ def omp_kernel(Y, D, D_low, scratch, directions, sync, indices, coefficients, ex
                 a = b * BLOCK + tl.arange(0, BLOCK)[:, None]
                 here, corner = a * M + m, a * S_PADDED
                 # 2. Gram-Schmidt: what of the new atom is orthogonal to those chosen before. If it
-                # is one of them, nothing: its coefficient is 0. Loads come well before their use.
-                rest, next_q = tl.load(residual + here), tl.load(basis + here)
+                # is one of them, nothing: its coefficient is 0.
+                rest = tl.load(residual + here)  # (BLOCK, M)
                 new = tl.load(chosen + corner + k).to(tl.int32)  # (BLOCK, 1)
                 atom = tl.load(D + (dictionary * N + new) * M + m).to(tl.float32)  # (BLOCK, M)
                 if SPLIT == 1:  # the better of the two
@@ -101,8 +107,8 @@ def omp_kernel(Y, D, D_low, scratch, directions, sync, indices, coefficients, ex
                     wins = (tl.abs(theirs) > tl.abs(ours))[:, None]  # (BLOCK, 1)
                     atom = tl.where(wins, rival, atom)
                     tl.store(chosen + corner + k, tl.where(wins, other, new).to(tl.float32))
-                for i in range(k):
-                    q, next_q = next_q.to(tl.float32), tl.load(basis + (i + 1) * ROWS * M + here)
+                for i in tl.range(0, k, num_stages=3):  # loads run two ahead of their use
+                    q = tl.load(basis + i * ROWS * M + here).to(tl.float32)
                     p = tl.sum(atom * q, axis=1)[:, None]
                     atom -= p * q
                     tl.store(triangle + k * ROWS * S_PADDED + corner + i, p)
@@ -140,9 +146,12 @@ def launch(D, Y, sparsity, bits=0):
     M = max(64, triton.next_power_of_2(m))
     if m < M:
         D, Y = (F.pad(x, (0, M - m)) for x in (D, Y))
-    # Few vectors want many loads in flight; many vectors want three programs on a processor.
+    # Few vectors want many loads in flight, many want three programs on a processor, and very many,
+    # if few atoms are chosen, fewer reads of the dictionary.
     rows = 16 if B <= 32 else 32 if B <= 128 else 64
-    stages = 3 if M > 128 or rows == 32 else 4
+    if L * B >= 2**17 and M <= 128 and sparsity <= 8:
+        rows = 128
+    stages = 3 if M > 128 or rows in (32, 128) else 4
     size = rows * (M + (2 + sparsity) * padded)  # scratch of a program, in numbers
     room = 2**26 // (rows * sparsity * M)  # programs: 256 MB serve any number of items
     processors = torch.cuda.get_device_properties(D.device).multi_processor_count
@@ -152,7 +161,7 @@ def launch(D, Y, sparsity, bits=0):
     programs = min(items * split, 3 * processors, room)
     scratch = D.new_empty(programs * size, dtype=torch.float32)
     kept = torch.float16 if D.dtype == torch.bfloat16 else torch.float32  # all programs' bases
-    directions = D.new_empty((programs * sparsity + 1) * rows * M, dtype=kept)
+    directions = D.new_empty(programs * sparsity * rows * M, dtype=kept)
     sync = D.new_zeros(items + L * B * sparsity if split > 1 else 1, dtype=torch.int32)
     indices, exponents = (D.new_empty(L, B, n, dtype=torch.int64) for n in (sparsity, 1))
     coefficients = D.new_empty(L, B, sparsity, dtype=torch.int64 if bits else torch.float32)
@@ -161,7 +170,7 @@ def launch(D, Y, sparsity, bits=0):
         fp8 = split == 1 and torch.cuda.get_device_capability(D.device) >= (8, 9)
         D_low = (16 * D).to(torch.float8_e4m3fn) if fp8 else D.to(torch.bfloat16)
     omp_kernel[(programs,)](
-        Y.float().contiguous(), D.contiguous(), D_low.contiguous(), scratch, directions, sync,
+        Y.contiguous(), D.contiguous(), D_low.contiguous(), scratch, directions, sync,
         indices, coefficients, exponents, items, B, size, N, M, sparsity, padded, rows,
         min(rows, 32), triton.next_power_of_2(N) - 1, split, 2.0 ** (bits - 1) - 1 if bits else 0,
         num_warps=max(4, M // 32), num_stages=stages,
