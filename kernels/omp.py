@@ -172,7 +172,7 @@ def launch(D, Y, sparsity, bits=0):
     omp_kernel[(programs,)](
         Y.contiguous(), D.contiguous(), D_low.contiguous(), scratch, directions, sync,
         indices, coefficients, exponents, items, B, size, N, M, sparsity, padded, rows,
-        min(rows, 32), triton.next_power_of_2(N) - 1, split, 2.0 ** (bits - 1) - 1 if bits else 0,
-        num_warps=max(4, M // 32), num_stages=stages,
-        maxnreg=168 if B > 128 and M <= 128 else None)
+        min(rows, 4096 // M), triton.next_power_of_2(N) - 1, split,
+        2.0 ** (bits - 1) - 1 if bits else 0, num_warps=4, num_stages=stages,
+        maxnreg=168 if B > 128 else None)
     return (indices, coefficients, exponents) if bits else (indices, coefficients)
