@@ -25,7 +25,7 @@ import torch.nn.functional as F
 
 from kernels import omp_fused
 
-CHUNK = 2**24  # correlations held at a time: 64 MB in float32, whatever the number of vectors
+CHUNK = 2**22  # correlations held at a time: 16 MB in float32, which a CPU's caches serve best
 
 @torch.no_grad()
 def omp(D, Y, sparsity, tol=None):
@@ -94,9 +94,9 @@ def with_batch(D, Y, sparsity):
 
 def sliced(function, D, Y, *others, each=1):
     """function(D, Y, *others) in float32 at least, on slices along V whose correlations, `each`
-    times N for a vector, fit CHUNK; its tuple of results (L, V, .)."""
-    dtype = torch.promote_types(Y.dtype, torch.float32)
-    D, size = D.to(dtype), max(1, CHUNK // (D.shape[0] * D.shape[1] * each))
+    times N for a vector, fit CHUNK (a GPU takes four); its tuple of results (L, V, .)."""
+    dtype, most = torch.promote_types(Y.dtype, torch.float32), CHUNK * (4 if Y.is_cuda else 1)
+    D, size = D.to(dtype), max(1, most // (D.shape[0] * D.shape[1] * each))
     slices = zip(*(x.split(size, dim=1) for x in (Y.to(dtype), *others)))
     results = [function(D, *part) for part in slices]
     return tuple(torch.cat(result, dim=1) for result in zip(*results))
