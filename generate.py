@@ -103,7 +103,7 @@ def size(nbytes):
     return f"{nbytes / 1000**power:.{min(power, 1)}f} {('B', 'kB', 'MB', 'GB')[power]}"
 
 def line(number, piece, step):
-    """A step, as one reads it. (A dense cache counts as 100 % of itself, in 32 bits, too.)"""
+    """A step, as one reads it. A dense cache counts as 100 %, even in 32 bits."""
     forward, coding, cache = 1e3 * step["forward"], 1e3 * step["coding"], step["bytes"]
     whole = cache["total"] / cache["dense"] if "vector" in cache else 1
     return (f"{number:5d}  {piece!r:16.16}  {forward:9.2f}  {coding:9.2f}  "
@@ -150,7 +150,7 @@ def agreement(sparse, dense, forced):
 
 # ---- Chat ----------------------------------------------------------------------------------------
 
-ANSWER = "An <answer> & \"its\" 'end' \\"  # for an answer; has what templates escape
+ANSWER = "An <answer> & \"its\" 'end' \\"  # stands for an answer; has what templates escape
 
 class Chat:
     """A model's chat template, as transformers renders it: the tokens that come before each answer.

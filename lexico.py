@@ -31,7 +31,7 @@ from omp import in_one_table, omp, omp_beam, omp_levels, one_by_one
 
 KEYS, VALUES = 0, 1  # the first dimension of everything that exists for both
 FORMAT = "lexico-dictionaries-1"
-PIECE, QUERIES = 2**21, 16  # numbers that attention over codes holds at a time, and queries
+PIECE, QUERIES = 2**21, 16  # what attention over codes holds at a time: products, and queries
 
 # ---- Dictionaries --------------------------------------------------------------------------------
 
@@ -60,8 +60,8 @@ class Dictionaries:
         """Sparsity (2, L) of each dictionary, so that a vector takes `share` of its 16-bit bytes on
         average and the model's output suffers least. train_dict.py measured the divergence that
         each dictionary alone causes at a few sparsities. Between them it falls about exponentially,
-        and those of several about add up: so spend bytes step by step, where they help most. Only
-        nine sparsities are offered, for dictionaries of equal sparsity are coded in one call."""
+        and those of several about add up: so spend bytes step by step, where they help most. Nine
+        sparsities at most are offered, for dictionaries of equal sparsity share a call."""
         if "divergence" not in self.metadata:
             raise InputError("this dictionary holds no divergences to allocate sparsity by; give "
                              "--sparsity a number, or learn it anew with train_dict.py")
@@ -76,7 +76,7 @@ class Dictionaries:
             raise InputError(f"--sparsity auto:{100 * share:g}% is outside {size[0]:.1%} .. "
                              f"{size[-1]:.1%}, what coding {coding} offers; choose within it")
         left, cost, taken = (share - size[0]) * len(harm), np.diff(size), np.zeros(len(harm), int)
-        gain = np.minimum.accumulate(-np.diff(harm) / cost, axis=1)  # for its cost; it never rises
+        gain = np.minimum.accumulate(-np.diff(harm) / cost, axis=1)  # per byte, made never to rise
         for best in np.argsort(-gain, axis=None, kind="stable"):
             dictionary, step = divmod(best, len(cost))
             if taken[dictionary] == step and cost[step] <= left:
@@ -140,8 +140,8 @@ class Codes:
 
     D: (N, M) atoms. scale: (), what a stored coefficient of 1 stands for. parts: two tensors,
     (B, H / heads, capacity, .), whose last dimension and type a subclass names in `columns`. Its
-    encode turns vectors Y (n, V, M) over D (n, N, M) into parts, its decode parts into indices and
-    coefficients. level_bits: of a level, 0 for a format without levels."""
+    encode turns vectors Y (n, V, M), in units of the scale, over D (n, N, M) into parts, its decode
+    parts into indices and coefficients. level_bits(N): of a level beside an index, 0 without."""
     most_atoms, level_bits = 2**15, staticmethod(lambda n_atoms: 0)
 
     def __init__(self, D, scale, sparsity, batch, vectors):
@@ -323,7 +323,6 @@ class SparseCache(Counters):
     sequences of one length. capacity: tokens to reserve room for. coding: how codes are stored
     (CODINGS). pursuit: a function (D, Y, sparsity) -> indices, coefficients for D (N, m) and
     Y (V, m). dtype: of what is dense."""
-    replayable = False  # until a step was seen to be the same launches at every length
 
     def __init__(self, config, dictionaries, sparsity=8, buffer=32, window=16, sinks=4, batch=1,
                  capacity=0, coding="word", pursuit=omp, dtype=None):
@@ -368,9 +367,10 @@ class SparseCache(Counters):
         """Work out, for all layers, where T new tokens go and what they see."""
         if T == 1 and self.waiting >= self.ring:  # it is full
             self.compress()
-        # As many of the ring's and of the new tokens as pass the buffer are coded at once.
+        # A chunk codes at once all that is older than the newest `buffer` tokens.
         self.leaving = max(0, self.waiting + T - self.buffer) if T > 1 else 0
         if T == 1:
+            self.replayable = self.pursuit is omp  # and if every layer's attention is
             self.tokens, first = self.position.view(1), self.sinks + self.boundary
             newest = self.position - (self.position - self.slots) % self.ring  # in each slot
             self.seen = torch.where(self.slots < self.sinks, self.slots <= self.position,
@@ -378,7 +378,7 @@ class SparseCache(Counters):
         else:
             t = torch.arange(self.length + T, device=self.slots.device)
             self.tokens = t[(t < self.sinks) | (t >= self.sinks + self.compressed)]  # dense ones
-            self.seen = self.tokens <= t[self.length:, None]  # (T, S)
+            self.seen = self.tokens <= t[self.length:, None] if self.length else None  # (T, S)
         self.places = self.slot_of(self.tokens)
 
     def attend(self, layer, q, k, v):
@@ -389,7 +389,7 @@ class SparseCache(Counters):
             dense.index_copy_(3, self.places, torch.stack(kv).to(dense.dtype))
             step = q, *codes, self.boundary, *dense, self.seen
             out = attend_fused(*step)
-            self.replayable = out is not None and self.pursuit is omp
+            self.replayable &= out is not None
             return attend_codes(*step) if out is None else out
         if self.length == 0:  # a prompt attends exactly
             out = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
@@ -399,7 +399,7 @@ class SparseCache(Counters):
             out = attend_codes(q, *codes, self.boundary, *kv, self.seen)
         leaves = slice(self.sinks, self.sinks + self.leaving)
         if self.leaving:
-            x = k.new_empty(2, *k.shape[:2], self.leaving, k.shape[3])  # of both, in one pass
+            x = k.new_empty(2, *k.shape[:2], self.leaving, k.shape[3])  # keys and values
             for new, vectors, scale in zip(x, kv, self.scale):
                 torch.div(vectors[:, :, leaves], scale[layer], out=new)
             self.encode([(KEYS, layer), (VALUES, layer)], self.tokens[leaves] - self.sinks, x)
@@ -426,7 +426,7 @@ class SparseCache(Counters):
         for s in {self.codes[pair].sparsity for pair in pairs}:
             equal = [i for i, pair in enumerate(pairs) if self.codes[pair].sparsity == s]
             group, D = [self.codes[pairs[i]] for i in equal], self.dictionaries.atoms.flatten(0, 1)
-            if len(group) < len(self.codes):  # all of them are there without a copy
+            if len(group) < len(self.codes):  # else all of them, without a copy
                 D = torch.stack([codes.D for codes in group])
             theirs = x if len(group) == len(x) else torch.stack([x[i] for i in equal])
             Y = join(theirs, self.dictionaries.heads).flatten(1, 3)  # (n, V, M)
@@ -444,7 +444,7 @@ class SparseCache(Counters):
         token, constant = self.dense[..., 0, :], atoms.nbytes + self.dictionaries.scale.nbytes
         buffer = token.nbytes * (self.length - self.compressed)
         allocated = constant + self.dense.nbytes + sum(part.nbytes for part in parts)
-        vector = sum(part.shape[3] * part.itemsize for part in parts)  # one of each dictionary
+        vector = sum(c.nbytes_each(c.sparsity) for c in self.codes.values())
         return {"codes": codes, "buffer": buffer, "total": codes + buffer, "allocated": allocated,
                 "dense": 2 * token.numel() * self.length, "dictionaries": constant,
                 "vector": vector / (2 * atoms[:, :, 0].numel())}

@@ -35,8 +35,8 @@ def omp(D, Y, sparsity, tol=None):
     Y: (V, m) vectors, or (L, V, m), each coded over the dictionary of its batch.
     tol: stop a vector once its relative error ||y - z D|| / ||y|| is at most tol (default: never).
     Returns indices (..., V, s) int64 and coefficients (..., V, s) in Y's dtype, float32 at least.
-    Coefficients that are not needed are 0: zero vectors, a residual that is used up, a vector that
-    met tol. Atoms of the others are distinct. Raises ValueError for what does not fit."""
+    A coefficient is 0 where none is needed: a zero vector, no residual left, tol met. Other atoms
+    of a vector are distinct. Raises ValueError for what does not fit."""
     D3, Y3 = with_batch(D, Y, sparsity)
     found = omp_fused(D3, Y3, sparsity) if tol is None else None
     return unbatch(Y, found or sliced(lambda D, Y: solve(*pursue(D, Y, sparsity, tol)), D3, Y3))
@@ -70,8 +70,8 @@ def omp_levels(D, Y, sparsity, bits, pursuit=omp):
     return unbatch(Y, found or sliced(levels, D3, Y3, *chosen))
 
 def one_by_one(pursuit):
-    """A pursuit for one dictionary (N, m) and its vectors (V, m), both in float32, as one for a
-    batch of them."""
+    """Make a pursuit of one dictionary (N, m) and its vectors (V, m), which it gets in float32, one
+    for a batch of them."""
     def many(D, Y, sparsity):
         found = [pursuit(d.float(), y.float(), sparsity) for d, y in zip(D, Y)]
         shapes, fits = [tuple(part.shape) for part in found[0]], (Y.shape[1], sparsity)
@@ -93,8 +93,8 @@ def with_batch(D, Y, sparsity):
     return D3, Y3
 
 def sliced(function, D, Y, *others, each=1):
-    """function(D, Y, *others) in float32 at least, on slices along V whose correlations, `each`
-    times N for a vector, fit CHUNK (a GPU takes four); its tuple of results (L, V, .)."""
+    """function(D, Y, *others) in float32 at least, on slices along V whose correlations (on a GPU,
+    a fourth of them), `each` times N for a vector, fit CHUNK; its tuple of results (L, V, .)."""
     dtype, most = torch.promote_types(Y.dtype, torch.float32), CHUNK * (4 if Y.is_cuda else 1)
     D, size = D.to(dtype), max(1, most // (D.shape[0] * D.shape[1] * each))
     slices = zip(*(x.split(size, dim=1) for x in (Y.to(dtype), *others)))
@@ -110,7 +110,7 @@ def unbatch(Y, found):
 def pursue(D, Y, sparsity, tol=None, chosen=None):
     """OMP: indices (L, V, s), and what gives their coefficients: U (L, V, s, s) and Qy (L, V, s).
     Q is the basis of the chosen atoms A = U^T Q, and Qy holds y's coordinates in it. chosen: the
-    indices that another search has found; only U and Qy are missing."""
+    indices that another search has found: then only U and Qy are computed."""
     (L, V, m), s = Y.shape, sparsity
     indices = torch.zeros(L, V, s, dtype=torch.long, device=Y.device)
     Q, U, Qy = Y.new_zeros(L, V, s, m), Y.new_zeros(L, V, s, s), Y.new_zeros(L, V, s)
@@ -224,7 +224,7 @@ def reconstruct(D, indices, coefficients):
         indices, D = in_one_table(indices, D.shape[1]), D.flatten(0, 1)
     out = F.embedding_bag(indices.flatten(0, -2), D, mode="sum",
                           per_sample_weights=coefficients.flatten(0, -2).to(D.dtype))
-    return out.view(*indices.shape[:-1], -1)
+    return out.view(*indices.shape[:-1], D.shape[-1])
 
 def relative_error(D, Y, indices, coefficients):
     """||y - z D|| / ||y|| of every vector, (..., V); 0 for zero vectors."""

@@ -89,6 +89,7 @@ def divergence(model, atoms, scale, first, rows, sparsities):
     in nats, over rows (R, T), when it codes (in words) and nothing else does. atoms (n, N, M) and
     scale (n,) are the model's dictionaries from number `first` on."""
     bits, config = max(3, WordCodes.level_bits(atoms.shape[1])), model.config
+    heads = atoms.shape[2] // config.head_dim
     full = model(rows).float().log_softmax(dim=-1)  # (R, T, vocabulary)
 
     def cost(i, s):
@@ -96,10 +97,10 @@ def divergence(model, atoms, scale, first, rows, sparsities):
         def compress(layer, q, *kv):
             if layer != changed:
                 return None
-            x = join(kv[kind][:, :, 0], atoms.shape[2] // config.head_dim)  # (R, H / heads, T, M)
+            x = join(kv[kind][:, :, 0], heads)  # (R, H / heads, T, M)
             indices, level, e = omp_levels(atoms[i], x.flatten(0, 2) / scale[i], s, bits)
             z = scale[i] * level * torch.exp2(e / 16 - 8)
-            x = split(reconstruct(atoms[i], indices, z).view_as(x), x.shape[3] // config.head_dim)
+            x = split(reconstruct(atoms[i], indices, z).view_as(x), heads)
             return *kv[:kind], x[:, :, None].to(q.dtype), *kv[kind + 1:], None  # None: all are kept
         log_p = model(rows, Simulated(compress)).float().log_softmax(dim=-1)
         return F.kl_div(log_p, full, log_target=True, reduction="sum").clamp(min=0) / rows.numel()
@@ -145,7 +146,8 @@ def read_text(path):
         if path.suffix == ".parquet":
             import pyarrow.parquet
             rows = pyarrow.parquet.read_table(path)["text"].to_pylist()
-            return plain_text("".join(rows)).encode()
+            lines = all(row[-1:] in ("", "\n") for row in rows)  # as in WikiText; or documents
+            return plain_text(("" if lines else "\n\n").join(rows)).encode()
         text = path.read_text(encoding="utf-8-sig")
         if path.suffix == ".jsonl":
             text = "\n\n".join(json.loads(row)["text"] for row in text.split("\n") if row.strip())
@@ -261,7 +263,7 @@ def learn(args, model, tokenizer):
     # Stored coefficients get head room: the largest one met becomes 64 of FP8's 448.
     D, scale = learner.state["D"], (learner.state["largest"] / 64).clamp(min=1e-8)
     # How much each dictionary matters, on text that was learned from.
-    sparsities = [ceil(D.shape[2] * i / 64) for i in (3, 10, 24)]
+    sparsities = sorted({ceil(D.shape[2] * i / 64) for i in (3, 10, 24)})
     rows = text.rows(8 if device.type == "cuda" else 2, 1)[:, :512].to(device)
     kl = divergence(model, D, scale, mine.start, rows, sparsities)
     results = D, scale, kl, learner.errors(held_out)
@@ -341,7 +343,7 @@ def output_file(path, way_out="name a file where there is room"):
                 os.replace(part, path)
 
     with checked():
-        if ordinary or path.is_dir():  # which fails
+        if ordinary or path.is_dir():  # a folder fails to open, as it should
             part.open("ab").close()
     try:
         yield write

@@ -3,16 +3,17 @@
 In torch the products of all atoms with all residuals go to memory and back, to end as an index
 each. Here they stay in registers:
 
-- A program keeps the residuals of ROWS vectors in shared memory, as FP8 for the tensor cores, and
-  streams the dictionary past them, a tile of ATOMS atoms at a time, from the L2 cache.
+- In each step, a program keeps the residuals of ROWS vectors in shared memory, in FP8 for the
+  tensor cores (bf16 where a GPU has no FP8), and streams the dictionary past them, a tile of ATOMS
+  atoms at a time, from the L2 cache. The sums are float16.
 - Every register keeps its own maximum of |product|, and threads compare theirs once, after all
-  tiles. The lowest bits of that float are not its own: they are the number of the atom.
-- FP8 may take one atom for another that is nearly as good: so the two best of the sweep compete
-  again in float32. (Without, the final error grows by 0.5 %, and by 0.1 % with it, on real
-  vectors.) The refit is in float32, and the next step chooses for what is really left. Only the
-  basis is kept in half precision if the atoms are in bf16: all of it does not fit the L2 cache.
+  tiles. As float32, a float16 has free low bits: there stands the number of the atom.
+- FP8 may take one atom for another that is nearly as good: so the two best (of different lanes, a
+  lane being each 64th atom) compete again in float32. (Without, the final error grows by 0.5 %, and
+  by 0.1 % with it, on real vectors.) The refit is in float32, and the next step chooses for what is
+  really left. Only the basis is in half precision if atoms are in bf16: it overflows the L2 cache.
 - Few vectors would leave most of the GPU idle. So SPLIT programs, all running at once, sweep a part
-  of the dictionary each, in bf16, and agree on the best atom by an atomic maximum."""
+  of the dictionary each, in bf16, agree on the best atom by an atomic maximum, and all refit."""
 
 import torch
 import torch.nn.functional as F
@@ -38,7 +39,7 @@ def substitute(Qy, triangle, r, j, step, ROWS: tl.constexpr, S: tl.constexpr,
 def omp_kernel(Y, D, D_low, scratch, directions, sync, indices, coefficients, exponents, items,
                B, SIZE: tl.constexpr, N: tl.constexpr, M: tl.constexpr, S: tl.constexpr,
                S_PADDED: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
-               INDEX_BITS: tl.constexpr, SPLIT: tl.constexpr, LIMIT: tl.constexpr):
+               INDEX_MASK: tl.constexpr, SPLIT: tl.constexpr, LIMIT: tl.constexpr):
     """OMP of B vectors for each dictionary; an item of work is ROWS vectors of one of them."""
     TILES: tl.constexpr = N // ATOMS // SPLIT
     part, items_each = tl.program_id(0) % SPLIT, tl.cdiv(B, ROWS)  # items of each dictionary
@@ -63,8 +64,8 @@ def omp_kernel(Y, D, D_low, scratch, directions, sync, indices, coefficients, ex
             lane = tl.arange(0, ATOMS)[:, None]
             columns = tl.trans(columns.to(D_low.dtype.element_ty))  # (M, ROWS): the residuals
             largest = tl.zeros([ATOMS, ROWS], tl.int32)
-            # A product of FP8 is a float16: as float32 it ends in 13 zero bits.
-            half: tl.constexpr = D_low.dtype.element_ty == tl.float8e4nv and INDEX_BITS < 2**13
+            # Sums of FP8 products as float16: as float32, they end in 13 zero bits.
+            half: tl.constexpr = D_low.dtype.element_ty == tl.float8e4nv and INDEX_MASK < 2**13
             for t in range(TILES):
                 tile = first_tile + tl.where(backward, TILES - 1 - t, t)
                 product = tl.dot(tl.load(atoms + tile * ATOMS * M + lane * M + m), columns,
@@ -73,13 +74,13 @@ def omp_kernel(Y, D, D_low, scratch, directions, sync, indices, coefficients, ex
                 # lowest bits: sum and maximum are one instruction of a GPU.
                 absolute = tl.abs(product).to(tl.float32).to(tl.int32, bitcast=True)
                 if not half:
-                    absolute &= -1 - INDEX_BITS
+                    absolute &= -1 - INDEX_MASK
                 largest = tl.maximum(largest, absolute + (tile * ATOMS + lane))  # (ATOMS, ROWS)
             best = tl.max(largest, axis=0)  # (ROWS,)
             if SPLIT == 1:  # the second best waits where Q y's number k will be
                 second = tl.max(tl.where(largest == best[None, :], 0, largest), axis=0)[:, None]
                 tl.store(triangle + (S * ROWS + r) * S_PADDED + k,
-                         (second & INDEX_BITS).to(tl.float32))
+                         (second & INDEX_MASK).to(tl.float32))
                 best = best[:, None]
             else:
                 agreed = sync + items + vector * S + k  # behind a counter for each item
@@ -89,7 +90,7 @@ def omp_kernel(Y, D, D_low, scratch, directions, sync, indices, coefficients, ex
                 while tl.atomic_add(sync + item, 0, sem="acquire") < SPLIT * (k + 1):
                     pass
                 best = tl.load(agreed, mask=real, other=0, cache_modifier=".cg")
-            best &= INDEX_BITS
+            best &= INDEX_MASK
             tl.store(chosen + r * S_PADDED + k, best.to(tl.float32))  # exact up to 2^24
             tl.debug_barrier()
             for b in range(ROWS // BLOCK):  # as many vectors at a time as registers hold
@@ -146,14 +147,14 @@ def launch(D, Y, sparsity, bits=0):
     M = max(64, triton.next_power_of_2(m))
     if m < M:
         D, Y = (F.pad(x, (0, M - m)) for x in (D, Y))
-    # Few vectors want many loads in flight, many want three programs on a processor, and very many,
-    # if few atoms are chosen, fewer reads of the dictionary.
+    # As measured: few vectors want many loads in flight, many want three programs on a processor,
+    # and very many, if few atoms are chosen, fewer reads of the dictionary.
     rows = 16 if B <= 32 else 32 if B <= 128 else 64
     if L * B >= 2**17 and M <= 128 and sparsity <= 8:
         rows = 128
     stages = 3 if M > 128 or rows in (32, 128) else 4
     size = rows * (M + (2 + sparsity) * padded)  # scratch of a program, in numbers
-    room = 2**26 // (rows * sparsity * M)  # programs: 256 MB serve any number of items
+    room = 2**26 // (rows * sparsity * M)  # programs: bases of 256 MB serve any number
     processors = torch.cuda.get_device_properties(D.device).multi_processor_count
     tiles, items, split = N // ATOMS.value, L * triton.cdiv(B, rows), 1
     while 2 * split * items <= min(processors, room) and tiles % (2 * split) == 0:

@@ -11,7 +11,7 @@ from test_omp import BEAM
 from torch.profiler import ProfilerActivity, profile
 
 import lexico
-from lexico import DenseCache, Dictionaries, SparseCache, shape_of
+from lexico import DenseCache, Dictionaries, SparseCache, attend_codes, shape_of
 from omp import omp, relative_error
 
 MODEL = random_model(dim=48, n_layers=3, n_heads=6, head_dim=16, tied=True)
@@ -85,15 +85,26 @@ def test_attention_is_that_over_what_comes_back_of_old_tokens_and_over_the_other
         waiting = end - min(end, sinks) - cache.compressed
         assert min(buffer, end - sinks) <= waiting <= buffer + window
 
-def test_decoding_never_makes_a_dense_key_value_or_token_by_atom_matrix(monkeypatch):
+def test_no_prompt_makes_a_token_by_token_matrix_and_no_step_a_dense_key_or_a_token_by_atom_one(
+        monkeypatch):
     monkeypatch.setattr(lexico, "PIECE", 512)
     cache, tokens = sparse(1, buffer=4), 3000
-    for T in (tokens, 1):
+    # Scores, one for each token and query head, are the largest thing that decoding needs.
+    scores = 4 * (tokens + 10) * CONFIG.n_heads
+    for T, most in ((tokens, tokens**2 // 2), (1, scores)):
         with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as seen:
             feed(cache, torch.randn(1, 6, T, 16), *torch.randn(2, 1, 2, T, 16))
-    # Scores, one for each token and query head, are the largest thing that decoding needs.
-    largest = max(event.self_cpu_memory_usage for event in seen.events())
-    assert 0 < largest <= 4 * (tokens + 10) * CONFIG.n_heads < 4 * 2 * tokens * CONFIG.head_dim
+        assert 0 < max(event.self_cpu_memory_usage for event in seen.events()) <= most
+    assert scores < 4 * 2 * tokens * CONFIG.head_dim
+
+@pytest.mark.parametrize("served", [[True, True, True], [False, True, True], [True, True, False]])
+def test_a_step_is_recorded_only_if_a_kernel_serves_every_layer(served, monkeypatch):
+    answers = iter(served)
+    monkeypatch.setattr(lexico, "attend_fused", lambda *step: attend_codes(*step)
+                        if next(answers) else None)
+    cache = sparse(3, 4)
+    run(cache, [20, 1])
+    assert cache.replayable == all(served)
 
 # ---- Memory and coding ---------------------------------------------------------------------------
 

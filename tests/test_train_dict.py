@@ -42,14 +42,16 @@ def test_vectors_are_the_keys_and_values_that_a_cache_holds(heads):
 
 def test_a_text_is_the_same_from_every_source_and_rows_depend_on_the_seed(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    text, tokenizer = HELD_OUT.read_text()[:20_000], Tokenizer.from_pretrained("tiny")
+    text, tokenizer = HELD_OUT.read_text()[:19_999] + "\n", Tokenizer.from_pretrained("tiny")
     foreign, parquet = text.replace("\n", "\r\n"), pytest.importorskip("pyarrow.parquet")
-    parquet.write_table(parquet.core.pa.table({"text": [foreign]}), "a.parquet")
+    documents, lines = foreign.split("\r\n\r\n"), foreign.splitlines(keepends=True)
+    for name, rows in (("a", [foreign]), ("b", documents), ("c", lines)):
+        parquet.write_table(parquet.core.pa.table({"text": rows}), f"{name}.parquet")
     for name, data in (("plain", text), ("a.txt", f"\ufeff{foreign}"),
                        ("a.jsonl", f"\ufeff{json.dumps({'text': foreign})}\r\n")):
         Path(name).write_bytes(data.encode())
     one, *same = (Text([name], tokenizer, 32, 0) for name in ("plain", *os.listdir()))
-    assert len(same) == 4 and {each.digest for each in same} == {one.digest}
+    assert len(same) == 6 and {each.digest for each in same} == {one.digest}
     for rows in Text(["plain"], tokenizer, 32, 1).rows(4, 1), one.rows(4, 2), one.rows(4, 1, True):
         assert not torch.equal(rows, one.rows(4, 1))
     for held_out, part in ((True, text[18_900:]), (False, text[:19_100])):
