@@ -233,12 +233,9 @@ def attend_codes(q, key_codes, value_codes, compressed, keys, values, seen):
 
     q: (B, G H, T, m). key_codes, value_codes: Codes, of which the first `compressed` tokens count
     (a number, or a tensor () on the device). keys, values: (B, H, S, m), dense, where seen (T, S).
-    Returns the output, shaped as q. Queries are taken a few at a time, and tokens in pieces: what
-    is held beside the scores stays small, whatever the context."""
+    Returns the output, shaped as q. Tokens are taken in pieces: what is held beside the scores
+    stays small, whatever the context."""
     n, (B, H, S, m) = int(compressed), keys.shape
-    if q.shape[2] > QUERIES:
-        return torch.cat([attend_codes(few, key_codes, value_codes, n, keys, values, allowed)
-                          for few, allowed in zip(q.split(QUERIES, 2), seen.split(QUERIES))], dim=2)
     Dk, Dv, heads = key_codes.D.float(), value_codes.D.float(), key_codes.D.shape[1] // m
     q_heads = q.reshape(B * H, -1, m).float() / m**0.5  # (B H, G T, m)
     q_codes = q_heads.view(B * H // heads, -1, m)  # (P, R, m): a code serves R = heads G T queries
@@ -322,7 +319,7 @@ class SparseCache(Counters):
     tokens, dense for good: heads that find nothing to look at look there (arXiv 2309.17453). batch:
     sequences of one length. capacity: tokens to reserve room for. coding: how codes are stored
     (CODINGS). pursuit: a function (D, Y, sparsity) -> indices, coefficients for D (N, m) and
-    Y (V, m). dtype: of what is dense."""
+    Y (V, m), in float32. dtype: of what is dense."""
 
     def __init__(self, config, dictionaries, sparsity=8, buffer=32, window=16, sinks=4, batch=1,
                  capacity=0, coding="word", pursuit=omp, dtype=None):
@@ -378,7 +375,6 @@ class SparseCache(Counters):
         else:
             t = torch.arange(self.length + T, device=self.slots.device)
             self.tokens = t[(t < self.sinks) | (t >= self.sinks + self.compressed)]  # dense ones
-            self.seen = self.tokens <= t[self.length:, None] if self.length else None  # (T, S)
         self.places = self.slot_of(self.tokens)
 
     def attend(self, layer, q, k, v):
@@ -396,7 +392,10 @@ class SparseCache(Counters):
         else:
             earlier = dense[:, :, :, self.places[:-T]].to(q.dtype)
             kv = [torch.cat(pair, dim=2) for pair in zip(earlier, kv)]
-            out = attend_codes(q, *codes, self.boundary, *kv, self.seen)
+            # A few queries at a time: nothing is held for all pairs of tokens.
+            few = zip(q.split(QUERIES, dim=2), self.tokens[-T:].split(QUERIES))
+            out = torch.cat([attend_codes(part, *codes, self.compressed, *kv,
+                                          self.tokens <= t[:, None]) for part, t in few], dim=2)
         leaves = slice(self.sinks, self.sinks + self.leaving)
         if self.leaving:
             x = k.new_empty(2, *k.shape[:2], self.leaving, k.shape[3])  # keys and values
