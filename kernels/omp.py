@@ -5,7 +5,7 @@ each. Here they stay in registers:
 
 - In each step, a program keeps the residuals of ROWS vectors in shared memory, in FP8 for the
   tensor cores (bf16 where a GPU has no FP8), and streams the dictionary past them, a tile of ATOMS
-  atoms at a time, from the L2 cache. The sums are float16.
+  atoms at a time, from the L2 cache. Sums of FP8 products are float16.
 - Every register keeps its own maximum of |product|, and threads compare theirs once, after all
   tiles. As float32, a float16 has free low bits: there stands the number of the atom.
 - FP8 may take one atom for another that is nearly as good: so the two best (of different lanes, a
