@@ -123,7 +123,7 @@ def pursue(D, Y, sparsity, tol=None, chosen=None):
         q, column = new_part(gather_atoms(D, indices[..., k:k + 1]), Q[..., :k, :])
         if tol is not None:
             goes_on = residual.norm(dim=-1, keepdim=True) > tol * Y.norm(dim=-1, keepdim=True)
-            q, column = q * goes_on[..., None], column * goes_on[..., None]
+            q = q * goes_on[..., None]  # an atom whose q is 0 has the coefficient 0
         Q[..., k:k + 1, :], U[..., :k + 1, k] = q, column[..., 0, :]
         Qy[..., k:k + 1] = (q @ residual[..., None])[..., 0]  # (L, V, 1), as <q, y>
         residual = residual - Qy[..., k:k + 1] * q[..., 0, :]
@@ -136,8 +136,8 @@ def new_part(atoms, Q):
     products = atoms @ Q.mT  # (..., C, k)
     q = atoms - products @ Q
     norm = q.norm(dim=-1, keepdim=True)  # (..., C, 1)
-    adds = norm > 1e-4
-    return q * (adds / norm.clamp(min=1e-4)), torch.cat((products, norm * adds), dim=-1)
+    length = norm.clamp(min=1e-4)
+    return q * torch.where(norm > 1e-4, 1 / length, 0), torch.cat((products, length), dim=-1)
 
 def pursue_beam(D, Y, sparsity, width):
     """Beam search: indices (L, V, s) of the best support found."""
@@ -195,8 +195,6 @@ def solve(indices, U, Qy, bits=0):
 
     Levels are rounded on the way, from the last coefficient back, and each makes up for the
     rounding of those after it (Babai 1986, the nearest plane)."""
-    diagonal = U.diagonal(dim1=-2, dim2=-1)
-    diagonal.masked_fill_(diagonal == 0, 1)  # an atom that added nothing: its q and Qy are 0
     z = torch.linalg.solve_triangular(U, Qy[..., None], upper=True)[..., 0]
     if not bits:
         return indices, z
