@@ -144,9 +144,9 @@ class Codes:
     parts into indices and coefficients. level_bits(N): of a level beside an index, 0 without."""
     most_atoms, level_bits = 2**15, staticmethod(lambda n_atoms: 0)
 
-    def __init__(self, D, scale, sparsity, batch, vectors):
+    def __init__(self, D, scale, sparsity, batch, vectors, capacity=0):
         self.D, self.scale, self.sparsity, self.bits = D, scale, sparsity, self.level_bits(len(D))
-        self.parts = [torch.empty(batch, vectors, 0, width, dtype=dtype, device=D.device)
+        self.parts = [torch.zeros(batch, vectors, capacity, width, dtype=dtype, device=D.device)
                       for width, dtype in self.columns(sparsity)]
 
     def reserve(self, capacity):
@@ -341,11 +341,10 @@ class SparseCache(Counters):
         batched = getattr(pursuit, "func", pursuit) in (omp, omp_beam)
         self.pursuit = pursuit if batched else one_by_one(pursuit)
         vectors = config.kv_heads // dictionaries.heads  # of a token, for each dictionary
+        room = max(0, capacity - buffer - sinks)
         self.codes = {  # (kind, layer) -> Codes
-            pair: CODINGS[coding](atoms[pair], scale[pair], int(table[pair]), batch, vectors)
+            pair: CODINGS[coding](atoms[pair], scale[pair], int(table[pair]), batch, vectors, room)
             for pair in np.ndindex(table.shape)}
-        for codes in self.codes.values():
-            codes.reserve(max(0, capacity - buffer - sinks))
         # Dense tokens lie in slots: the sinks first, each for good, then a ring (see slot_of). Keys
         # carry their position (they are kept after RoPE), so attention does not mind the order.
         self.slots = torch.arange(sinks + self.ring, device=atoms.device)

@@ -44,8 +44,7 @@ def lexico(d, sparsity, coding, pursuit, spared, start=0):
     def code(kind, layer, x):
         D, scale, Y = d.atoms[kind, layer], d.scale[kind, layer], join(x[:, :, 0], d.heads)
         (B, H, T, _), s = Y.shape, int(np.broadcast_to(sparsity, d.scale.shape)[kind, layer])
-        codes = CODINGS[coding](D, scale, s, B, H)
-        codes.reserve(T)
+        codes = CODINGS[coding](D, scale, s, B, H, T)
         parts = codes.encode(D[None], (Y / scale).flatten(0, 2)[None], s, pursuit)
         codes.write(torch.arange(T, device=x.device), parts)
         indices, z = codes.read(0, T)  # (B H, T, s)
