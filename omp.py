@@ -112,14 +112,14 @@ def pursue(D, Y, sparsity, tol=None, chosen=None):
     Q is the basis of the chosen atoms A = U^T Q, and Qy holds y's coordinates in it. chosen: the
     indices that another search has found: then only U and Qy are computed."""
     (L, V, m), s = Y.shape, sparsity
-    indices = torch.zeros(L, V, s, dtype=torch.long, device=Y.device)
+    indices = Y.new_zeros(L, V, s, dtype=torch.long) if chosen is None else chosen.long()
     Q, U, Qy = Y.new_zeros(L, V, s, m), Y.new_zeros(L, V, s, s), Y.new_zeros(L, V, s)
     residual, correlation = Y, Y.new_empty(L, V, D.shape[1])
     for k in range(s):
         if chosen is None:
             torch.bmm(residual, D.mT, out=correlation)  # (L, V, N)
             correlation.abs_().scatter_(-1, indices[..., :k], -1)  # an atom is chosen once
-        indices[..., k] = argmax_rows(correlation) if chosen is None else chosen[..., k]
+            indices[..., k] = argmax_rows(correlation)
         q, column = new_part(gather_atoms(D, indices[..., k:k + 1]), Q[..., :k, :])
         if tol is not None:
             goes_on = residual.norm(dim=-1, keepdim=True) > tol * Y.norm(dim=-1, keepdim=True)
