@@ -361,17 +361,16 @@ class SparseCache(Counters):
 
     def begin(self, T):
         """Work out, for all layers, where T new tokens go and what they see."""
-        if T == 1 and self.waiting >= self.ring:  # it is full
-            self.compress()
-        # A chunk codes at once all that is older than the newest `buffer` tokens.
-        self.leaving = max(0, self.waiting + T - self.buffer) if T > 1 else 0
         if T == 1:
-            self.replayable = self.pursuit is omp  # and if every layer's attention is
+            if self.waiting >= self.ring:  # it is full
+                self.compress()
+            self.leaving, self.replayable = 0, self.pursuit is omp  # attend may deny it
             self.tokens, first = self.position.view(1), self.sinks + self.boundary
             newest = self.position - (self.position - self.slots) % self.ring  # in each slot
             self.seen = torch.where(self.slots < self.sinks, self.slots <= self.position,
                                     newest >= first)[None]  # (1, S)
-        else:
+        else:  # a chunk codes at once all that is older than the newest `buffer` tokens
+            self.leaving = max(0, self.waiting + T - self.buffer)
             t = torch.arange(self.length + T, device=self.slots.device)
             self.tokens = t[(t < self.sinks) | (t >= self.sinks + self.compressed)]  # dense ones
         self.places = self.slot_of(self.tokens)
