@@ -268,11 +268,10 @@ def learn(args, model, tokenizer):
     kl = divergence(model, D, scale, mine.start, rows, sparsities)
     results = D, scale, kl, learner.errors(held_out)
     D, scale, kl, errors = (gather(x).unflatten(0, (2, -1)) for x in results)
-    key_errors, value_errors = errors.tolist()
-    return Dictionaries(
-        D, scale, shape_of(config), model=str(args.model), sparsity=args.sparsity,
-        text=[Path(path).name for path in args.text], tokens=steps * tokens, key_errors=key_errors,
-        value_errors=value_errors, divergence={"sparsity": sparsities, "kl": kl.tolist()})
+    return Dictionaries(D, scale, shape_of(config), model=str(args.model), sparsity=args.sparsity,
+                        text=[Path(path).name for path in args.text], tokens=steps * tokens,
+                        key_errors=errors[0].tolist(), value_errors=errors[1].tolist(),
+                        divergence={"sparsity": sparsities, "kl": kl.tolist()})
 
 def save_checkpoint(path, content):
     """Write a checkpoint, whole or not at all. A full disk is no reason to stop learning."""
