@@ -167,12 +167,10 @@ class Chat:
             raise InputError(f"model '{name_or_path}' has no chat template; use its instruct "
                              "version, or --prompt")
         self.name, self.tokenizer = name_or_path, tokenizer
-        longest_first = sorted(tokenizer.special, key=len, reverse=True)
-        self.special = re.compile("|".join(map(re.escape, longest_first)) or "(?!)")
 
     def message(self, role, text):
-        while self.special.search(text):  # once one is out, its neighbours may form another
-            text = self.special.sub("", text)
+        while typed := [name for name in self.tokenizer.special if name in text]:
+            text = text.replace(max(typed, key=len), "")  # what was around it may form another
         return {"role": role, "content": text}
 
     def new_tokens(self, messages):
