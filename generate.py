@@ -8,10 +8,10 @@ beside those of a dense one. --compare runs both caches, --chat holds a conversa
 import functools
 import json
 import os
-import re
 import runpy
 import sys
 import time
+from contextlib import suppress
 from math import inf
 from pathlib import Path
 from statistics import fmean
@@ -58,12 +58,11 @@ def peak_memory(device):
         peak = torch.cuda.max_memory_allocated(device)
         torch.cuda.reset_peak_memory_stats(device)
         return peak
-    try:
-        peak = re.search(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())[1]
+    with suppress(OSError, IndexError):  # IndexError: the line is not there
+        peak = Path("/proc/self/status").read_text().partition("VmHWM:")[2].split()[0]
         Path("/proc/self/clear_refs").write_text("5")  # the peak counts from here
         return 1024 * int(peak)
-    except (OSError, TypeError):  # TypeError: the line is not there
-        return 0
+    return 0
 
 @torch.inference_mode()
 def generate(model, cache, prompt, count, choose, record=False, ends=()):
@@ -186,11 +185,9 @@ class Chat:
 
 def read_turn(prompt):
     """A line of standard input; "" at its end."""
-    with door("standard input cannot be read", "type or pipe UTF-8 text"):
-        try:
-            return plain_text(input(prompt)).strip()
-        except EOFError:
-            return ""
+    with door("standard input cannot be read", "type or pipe UTF-8 text"), suppress(EOFError):
+        return plain_text(input(prompt)).strip()
+    return ""
 
 def chat(args, model, tokenizer, cache):
     """A conversation over one cache, a line of standard input a turn. What was said is in the cache
