@@ -332,16 +332,15 @@ def main():
             return chat(args, model, tokenizer, new_cache(args, model, dictionaries, args.dense))
         ids = tokenizer.encode(from_rank_0(lambda: read_prompt(args)))
         tokenizer.check(ids, config)
-        room = config.context - len(ids) + 1  # the last new token does not pass the model
-        if room < 1:
+        if len(ids) > config.context:
             raise InputError(f"the prompt has {len(ids)} tokens, more than the model's context of "
                              f"{config.context}; shorten it")
         prompt = torch.tensor([ids], device=args.device).repeat(args.batch, 1)  # (B, T)
-        count, record = min(args.max_new_tokens, room), prompt.is_cuda
+        count = min(args.max_new_tokens, config.context - len(ids) + 1)  # the last is never fed
 
         def start(dense, choose):  # the steps of a new run, one by one
             cache = new_cache(args, model, dictionaries, dense, len(ids) + count)
-            return generate(model, cache, prompt, count, choose, record, config.eos_ids)
+            return generate(model, cache, prompt, count, choose, prompt.is_cuda, config.eos_ids)
 
         def run(dense, shown):  # all steps of a run, and their summary
             if args.compare:  # so that what is measured awaits no compiler
