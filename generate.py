@@ -352,13 +352,14 @@ def main():
                     "  of dense")
             try:
                 for step in todo:
+                    step["token"] = step["tokens"][0].item()  # of the first sequence
                     step["logits"] = step["logits"].cpu()  # off the memory that is measured
                     steps.append(step)
                     if shown:
-                        piece = stream(step["tokens"][0].item())
+                        piece = stream(step["token"])
                         piece = piece if args.quiet else line(len(steps), piece, step)
                         print(piece, end="", flush=True)
-                ended = ("end of text" if step["tokens"][0].item() in config.eos_ids else
+                ended = ("end of text" if step["token"] in config.eos_ids else
                          "context full" if count < args.max_new_tokens else "as asked for")
             except KeyboardInterrupt:
                 if not steps:  # nothing to sum up yet
@@ -368,8 +369,7 @@ def main():
             return steps, summary(steps, ended, prompt)
 
         name, (steps, taken) = "dense" if args.dense else "sparse", run(args.dense, shown=True)
-        tokens = [step["tokens"][0].item() for step in steps]
-        figures = {"text": tokenizer.decode(tokens), name: taken}
+        figures = {"text": tokenizer.decode([step["token"] for step in steps]), name: taken}
         say(f"{tokenizer.decode(ids)}{figures['text']}\n\n{describe(name, taken)}")
         if args.compare and taken["ended"] != "interrupted":
             dense, figures["dense"] = run(True, shown=False)
@@ -380,9 +380,8 @@ def main():
                 f"{same['shared_tokens']} tokens are shared. Along the dense text, mean "
                 f"KL(dense || sparse) is {same['kl']:.4f} and the likeliest token the same "
                 f"{same['top1']:.1%} of the time")
-        figures["steps"] = [
-            {"token": token, "forward": step["forward"], "coding": step["coding"], **step["bytes"]}
-            for token, step in zip(tokens, steps)]
+        figures["steps"] = [{"token": step["token"], "forward": step["forward"],
+                             "coding": step["coding"], **step["bytes"]} for step in steps]
         write((json.dumps(figures, indent=1) + "\n").encode())
         return 130 if taken["ended"] == "interrupted" else 0
 
