@@ -316,15 +316,15 @@ class Tokenizer:
     def stream(self):
         """A function id -> text for printing token by token: half a character waits for the rest.
         Called with None, at the end, it gives what is left."""
-        ids, start, shown = [], 0, 0  # ids[start:shown] are printed: context for those that follow
+        shown, new = [], []  # the ids printed last are context for those that wait
 
         def step(i):
-            nonlocal start, shown
-            ids.extend([] if i is None else [i])
-            before, now = self.decode(ids[start:shown]), self.decode(ids[start:])
+            nonlocal shown, new
+            new += [] if i is None else [i]
+            before, now = self.decode(shown), self.decode(shown + new)
             if len(now) <= len(before) or i is not None and now.endswith("\ufffd"):
                 return ""
-            start, shown = shown, len(ids)
+            shown, new = new, []
             return now[len(before):]
 
         return step
