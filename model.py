@@ -164,14 +164,14 @@ class Llama(nn.Module):
 def read_weights(folder, device, dtype):
     """name -> tensor of a folder's model.safetensors, or else of the shards that its index names.
     Tensors of several types become one, the widest."""
-    files, weights = ["model.safetensors"], {}
+    file, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
+    if not file.is_file() and not index.is_file():
+        raise missing(folder, file.name)
+    weights = {}
     with door(f"weights of '{folder}' cannot be read", "fetch them again"):
-        if not (folder / files[0]).is_file():
-            if not (folder / "model.safetensors.index.json").is_file():
-                raise missing(folder, files[0])
-            files = read_json(folder / "model.safetensors.index.json")["weight_map"].values()
-        for file in sorted(set(files)):  # of this folder alone, whatever path an index gives
-            weights |= load_file(folder / Path(file).name)
+        names = [file.name] if file.is_file() else read_json(index)["weight_map"].values()
+        for name in sorted(set(names)):  # of this folder alone, whatever path an index gives
+            weights |= load_file(folder / Path(name).name)
     weights = {name.removeprefix("model."): tensor for name, tensor in weights.items()
                if not name.endswith("inv_freq")}  # which a Llama computes
     kinds = {tensor.dtype for tensor in weights.values()}
