@@ -237,7 +237,7 @@ def read_pursuit(text):
 
 def read_prompt(args):
     """The prompt's text, from --prompt, --prompt-file or standard input ("-")."""
-    text, source = args.prompt, args.prompt_file or "-" * (args.prompt == "-")
+    text, source = args.prompt, args.prompt_file or ("-" if args.prompt == "-" else None)
     with door(f"the prompt from {source or '--prompt'} cannot be read", "give UTF-8 text"):
         if source:
             text = (sys.stdin.buffer.read() if source == "-" else
@@ -313,8 +313,7 @@ def load(args):
 def new_cache(args, model, dictionaries, dense, capacity=0):
     """The cache that args ask for, with room for `capacity` tokens."""
     if dense:
-        dtype = model.norm.weight.dtype
-        return DenseCache(model.config, args.batch, capacity, args.device, dtype)
+        return DenseCache(model.config, args.batch, capacity, args.device, model.norm.weight.dtype)
     return SparseCache(model.config, dictionaries, args.sparsity, args.buffer, args.window,
                        args.sinks, args.batch, capacity, args.coding, args.pursuit, torch.bfloat16)
 
