@@ -256,9 +256,8 @@ class Config:
         for name in [name for name, fine in computed.items() if not fine]:
             raise InputError(f"config.json: {name} = {hf.get(name)!r} is not supported; use a "
                              "Llama, Mistral or Qwen with full attention and plain or llama3 RoPE")
-        bias = plain.get("out_bias", False) or kind == "qwen2"
-        return cls(**plain, rope_scaling=scaling or None, eos_ids=tuple(eos), qkv_bias=bias,
-                   qk_norm=kind == "qwen3")
+        return cls(**plain, rope_scaling=scaling or None, eos_ids=tuple(eos),
+                   qkv_bias=plain.get("out_bias") or kind == "qwen2", qk_norm=kind == "qwen3")
 
     @classmethod
     def from_pretrained(cls, name_or_path):
