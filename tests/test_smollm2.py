@@ -9,6 +9,7 @@ import torch
 from conftest import ROOT
 from test_generate import call
 
+from bench.needle import HAY, TEXT
 from model import Llama, Tokenizer
 
 FOLDER = os.environ.get("LEXICO_SMOLLM2")
@@ -26,11 +27,8 @@ def test_logits_equal_those_of_transformers():
 
 @pytest.mark.parametrize("depth", [0.2, 0.8])
 def test_a_pass_key_in_a_long_text_is_found_at_a_fifth_of_the_memory(depth, tmp_path):
-    lines = ["The grass is green. The sky is blue. The sun is yellow. Here we go. "] * 28
-    lines.insert(round(depth * 28), "The pass key is 48213. Remember it. 48213 is the pass key. ")
-    text = "There is an important info hidden inside a lot of irrelevant text. Memorize it.\n"
-    (tmp_path / "prompt").write_text(
-        f"{text}{''.join(lines)}\nWhat is the pass key? The pass key is")
+    above = round(28 * depth)
+    (tmp_path / "prompt").write_text(TEXT.format(HAY * above, 48213, HAY * (28 - above)))
     out = call(f"generate.py {WITH} --prompt-file {tmp_path}/prompt --max-new-tokens 16")[1]
     assert "48213" in out.rpartition("What is the pass key?")[2]
 
