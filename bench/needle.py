@@ -49,11 +49,9 @@ class Haystack(quality.Judge):
             self.facts.append((row.to(model.norm.weight.device), len(asked), len(asked)))
 
     def logits(self, row, make, start):
-        def exact_prompt(start):
-            cache = make(start)
-            cache.start = start  # no query before the answer finds anything compressed
-            return cache
-        return super().logits(row, exact_prompt, start)
+        cache = make(start)
+        cache.start = start  # no query before the answer finds anything compressed
+        return super().logits(row, lambda start: cache, start)
 
 def main():
     parser = Parser(description=__doc__.partition("\n")[0], allow_abbrev=False)
