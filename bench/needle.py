@@ -13,18 +13,16 @@ the last), and the memory at the least length, where what is stored once for all
     python bench/needle.py --lengths 512 1024 --only "dense|auto:20%|KIVI 2|SnapKV" """
 
 import random
-import re
 import sys
-from functools import cache, partial
+from functools import partial
 from pathlib import Path
 
 import torch
 
 sys.path[:0] = [str(Path(__file__).resolve().parent.parent)]
 
-from bench import peers, quality
-from lexico import Dictionaries
-from model import InputError, Llama, Tokenizer, best_device, door
+from bench import quality
+from model import InputError, Llama, Tokenizer, best_device
 from train_dict import Parser, Text, between, run_program
 
 HAY = "The grass is green. The sky is blue. The sun is yellow. Here we go. "
@@ -57,7 +55,7 @@ def main():
     parser = Parser(description=__doc__.partition("\n")[0], allow_abbrev=False)
     add, count = parser.add_argument, partial(between, int)
     add("--model", default="HuggingFaceTB/SmolLM2-135M-Instruct", help="a folder or a Hub id")
-    add("--dictionary", metavar="FILE", help="default: the one that is known for the model")
+    add("--dictionary", nargs="+", metavar="FILE", help="default: the one known for the model")
     add("--calibrate", default=quality.ROOT / "tiny" / "held-out.txt", help="a text (stories)")
     add("--lengths", type=count(256, 2**20), nargs="+", default=[512, 1024, 2048, 4096],
         help="tokens of a prompt, about (512 1024 2048 4096)")
@@ -66,22 +64,16 @@ def main():
     add("--buffer", type=count(1, 64), default=32, help="newest tokens kept dense (32)")
     add("--sinks", type=count(0, 64), default=4, help="first tokens kept dense (4)")
     add("--only", default=ONLY, metavar="REGEX", help="methods with this in the name")
-    args, device = parser.parse_args(), best_device()
-    model = Llama.from_pretrained(args.model, device, torch.float32)
+    parser.set_defaults(figure=None)  # which quality.py draws
+    args = parser.parse_args()
+    model = Llama.from_pretrained(args.model, best_device(), torch.float32)
     tokenizer, longest = Tokenizer.from_pretrained(args.model), max(args.lengths)
-    d = Dictionaries.load(args.dictionary or Dictionaries.find(args.model), device)
     if longest + 32 > model.config.context:  # for lines do not divide it, and the answer follows
         raise InputError(f"--lengths {longest} is beyond the model's context; give less")
     # Keys depend on positions, so rows are as long as the longest prompt, or as the text allows.
     text = Text([args.calibrate], tokenizer, min(longest, 2048), seed=0)
     # A prompt counts as half of a row: quality.py begins to measure in the middle of its rows.
-    table = quality.methods(model, {f"N={d.atoms.shape[2]}": d.check(model.config)},
-                            cache(lambda: peers.record(model, text.rows(32, 0).to(device))),
-                            {"buffer": args.buffer, "sinks": args.sinks}, 2 * min(args.lengths))
-    with door(f"--only {args.only} is no regular expression", "give one, as 'KIVI|auto'"):
-        table = {name: row for name, row in table.items() if re.search(args.only, name)}
-    if not table:
-        raise InputError(f"--only {args.only} leaves no method; quality.py's table names them")
+    table = quality.asked_for(args, model, lambda: text.rows(32, 0), 2 * min(args.lengths))
     depths = [i / (args.depths - 1) for i in range(args.depths)]
     cells = [Haystack(model, tokenizer, T, x, args.trials) for T in args.lengths for x in depths]
     head = "method", "memory", *args.lengths, *(f"depth {depth:.2g}" for depth in depths)

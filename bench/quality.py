@@ -74,6 +74,23 @@ def methods(model, dictionaries, calibration, spared, length=1024):
                 table[f"Lexico {name}"] = size / (2 * M), make
     return table
 
+def asked_for(args, model, rows, length):
+    """Of all methods, those that args ask for. rows(): rows of tokens to calibrate on."""
+    dictionaries, device = {}, model.norm.weight.device
+    for path in args.dictionary or [Dictionaries.find(args.model)]:
+        d = Dictionaries.load(path, device).check(model.config)
+        label = f"N={d.atoms.shape[2]}" + f" heads={d.heads}" * (d.heads > 1)
+        dictionaries[f"{label} {path}" if label in dictionaries else label] = d
+    calibration = cache(lambda: peers.record(model, rows().to(device)))
+    table = methods(model, dictionaries, calibration,
+                    {"buffer": args.buffer, "sinks": args.sinks}, length)
+    with door(f"--only {args.only} is no regular expression", "give one, as 'KIVI|auto'"):
+        chosen = {name: row for name, row in table.items() if re.search(args.only, name)}
+    if not {*chosen} - ({"dense"} if args.figure else set()):
+        raise InputError(f"--only {args.only} leaves no method to measure or draw; names are "
+                         f"{', '.join([*table][:6])}, ... {[*table][-1]}")
+    return chosen
+
 # ---- Measures ------------------------------------------------------------------------------------
 
 class Judge:
@@ -176,28 +193,16 @@ def parse_arguments():
     return args
 
 def main():
-    args, device, dictionaries, points = parse_arguments(), best_device(), {}, []
+    args, points = parse_arguments(), []
     with output_file(args.figure or os.devnull) as write:
-        model = Llama.from_pretrained(args.model, device, torch.float32)
+        model = Llama.from_pretrained(args.model, best_device(), torch.float32)
         tokenizer, text = Tokenizer.from_pretrained(args.model), read_text(args.text).decode()
-        for path in args.dictionary or [Dictionaries.find(args.model)]:
-            d = Dictionaries.load(path, device).check(model.config)
-            label = f"N={d.atoms.shape[2]}" + f" heads={d.heads}" * (d.heads > 1)
-            dictionaries[f"{label} {path}" if label in dictionaries else label] = d
         other = args.calibrate and Text([args.calibrate], tokenizer, args.length, 0).rows(32, 0)
-
-        rows = lambda: judge.spare[:32] if other is None else other.to(device)
-        calibration = cache(lambda: peers.record(model, rows()))
-        spared = {"buffer": args.buffer, "sinks": args.sinks}
-        table = methods(model, dictionaries, calibration, spared, args.length)
-        with door(f"--only {args.only} is no regular expression", "give one, as 'KIVI|auto'"):
-            chosen = {name: row for name, row in table.items() if re.search(args.only, name)}
-        if not {*chosen} - ({"dense"} if args.figure else set()):
-            raise InputError(f"--only {args.only} leaves no method to measure or draw; names are "
-                             f"{', '.join([*table][:6])}, ... {[*table][-1]}")
+        table = asked_for(args, model, lambda: judge.spare[:32] if other is None else other,
+                          args.length)
         judge = Judge(model, tokenizer, text, args.rows, args.length, args.facts)
         print(f"{'method':30} memory      KL   top-1      ppl" + "  recall" * (args.facts > 0))
-        for name, (memory, make) in chosen.items():
+        for name, (memory, make) in table.items():
             row, recall = judge.fidelity(make), f"  {judge.recall(make):6.1%}" if args.facts else ""
             print(f"{name:30} {memory:6.1%}  {row['kl']:.4f}  {row['top1']:6.1%}  {row['ppl']:7.3f}"
                   + recall, flush=True)
