@@ -153,12 +153,9 @@ def kvtc(share, model, calibration, spared, start):
     over the text, which it must see first: errors do not add up in them, as in all others."""
     [code], coded = transforms(share, model, calibration, spared["sinks"], together=True), []
     cache = Simulated(lambda layer, q, k, v: (*coded[layer], None), **spared)
-    cache.see = lambda kv: coded.extend(zip(*(x.chunk(len(kv), 1) for x in code(*all_heads(kv)))))
+    # Keys and values with the heads of all layers side by side, (2, B, L H, 1, T, m), and back.
+    cache.see = lambda kv: coded.extend(torch.stack(code(*torch.cat(kv, 2))).chunk(len(kv), 2))
     return cache
-
-def all_heads(kv):
-    """The heads of all layers, side by side: keys and values, (B, L H, 1, T, m)."""
-    return [torch.cat(x, dim=1) for x in zip(*kv)]
 
 @cache
 def transforms(share, model, calibration, sinks, together):
@@ -171,7 +168,7 @@ def transforms(share, model, calibration, sinks, together):
     def learn(k, v):
         code_k, code_v = (components(x[..., sinks:, :], share) for x in (turned(k, -1), v))
         return lambda k, v: (turned(code_k(turned(k, -1)), 1), code_v(v))
-    return [learn(*kv) for kv in ([all_heads(calibration())] if together else calibration())]
+    return [learn(*kv) for kv in ([torch.cat(calibration(), 2)] if together else calibration())]
 
 def components(x, share):
     """A function that gives vectors like x (B, H, 1, T, m) back as their principal components, in
