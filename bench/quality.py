@@ -28,12 +28,13 @@ import numpy as np
 import torch
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "tiny")]
+sys.path[:0] = [str(ROOT)]
 
 from bench import peers
 from lexico import CODINGS, KEYS, VALUES, Dictionaries, join, split
 from model import InputError, Llama, NoCache, Tokenizer, best_device, door
 from omp import omp, omp_beam, reconstruct
+from tiny.pretrain import recall
 from train_dict import Parser, Simulated, Text, between, output_file, read_text, run_program
 
 # ---- Methods -------------------------------------------------------------------------------------
@@ -112,7 +113,6 @@ class Judge:
             model.norm.weight.device) for places in (starts, spare))
         self.full = [self.log_p(row, lambda start: NoCache()) for row in self.rows]
         for i in range(facts):  # one of eight facts in a text, told at any depth
-            from pretrain import recall
             place = rng.randrange(len(text) - 3 * length)
             context, [question] = recall(rng, text[place:][:3 * length], 8, 1, (i % 8) / 8)
             told, asked, answer = (tokenizer.encode(part, bos=part is context)
