@@ -17,44 +17,39 @@ MODEL, SPARED = Llama.from_pretrained("tiny", "cpu", torch.float32), {"buffer": 
 TOKENIZER, DICTIONARIES = Tokenizer.from_pretrained("tiny"), Dictionaries.load("tiny")
 HELD_OUT = (ROOT / "tiny/held-out.txt").read_text()
 
-@pytest.fixture(scope="module")
-def judge():
-    return quality.Judge(MODEL, TOKENIZER, HELD_OUT, rows=1, length=384, facts=3)
+JUDGE = quality.Judge(MODEL, TOKENIZER, HELD_OUT, rows=1, length=384, facts=3)
+CALIBRATION = cache(lambda: peers.record(MODEL, JUDGE.spare[:2]))
+# name -> (share of the memory, start -> cache)
+TABLE = quality.methods(MODEL, {"N=2048": DICTIONARIES}, CALIBRATION, SPARED, length=384)
 
-@pytest.fixture(scope="module")
-def table(judge):
-    """name -> (share, start -> cache), calibrated on two rows."""
-    kv = peers.record(MODEL, judge.spare[:2])
-    return quality.methods(MODEL, {"N=2048": DICTIONARIES}, lambda: kv, SPARED, length=384)
-
-@pytest.fixture(scope="module")
-def kl(judge, table):
+@cache
+def kl(name):
     """The divergence of the method of a name."""
-    return cache(lambda name: judge.fidelity(table[name][1])["kl"])
+    return JUDGE.fidelity(TABLE[name][1])["kl"]
 
 # ---- Lexico --------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("coding, sinks", [("fp8", 0), ("word", 3)])
-def test_the_simulation_gives_what_the_real_cache_gives(judge, coding, sinks):
-    tokens, spared = judge.rows[:, :48], {"buffer": 9, "sinks": sinks}
+def test_the_simulation_gives_what_the_real_cache_gives(coding, sinks):
+    tokens, spared = JUDGE.rows[:, :48], {"buffer": 9, "sinks": sinks}
     cache = SparseCache(MODEL.config, DICTIONARIES, 4, 8, window=1, sinks=sinks, coding=coding)
     with torch.inference_mode():
         real = torch.cat([MODEL(token, cache) for token in tokens.split(1, dim=1)], dim=1)
         simulated = MODEL(tokens, quality.lexico(DICTIONARIES, 4, coding, omp, spared))
     torch.testing.assert_close(simulated, real, rtol=1e-3, atol=1e-2)
 
-def test_divergence_falls_as_sparsity_grows_and_most_where_it_is_allocated(kl, table):
+def test_divergence_falls_as_sparsity_grows_and_most_where_it_is_allocated():
     s2, s4, s11, auto = (kl(f"Lexico word N=2048 {s}") for s in ("s=2", "s=4", "s=11", "auto:18%"))
     assert s2 > s4 > s11 > auto and kl("dense") < 1e-6
     assert s11 < kl("KIVI 2 bit") and auto < kl("Lexico fp8 N=2048 s=8") / 2  # in 18 to 19 %
-    assert 0.178 < table["Lexico word N=2048 auto:18%"][0] <= 0.18
+    assert 0.178 < TABLE["Lexico word N=2048 auto:18%"][0] <= 0.18
 
-def test_facts_are_recalled_through_the_cache_and_lost_with_evicted_tokens(judge, table):
-    dense, sparse, evicted = (judge.recall(table[name][1]) for name in (
+def test_facts_are_recalled_through_the_cache_and_lost_with_evicted_tokens():
+    dense, sparse, evicted = (JUDGE.recall(TABLE[name][1]) for name in (
         "dense", "Lexico word N=2048 auto:20%", "SnapKV 20%"))
     assert dense >= 0.9 and sparse >= dense - 0.02 and evicted < dense - 0.2
 
-def test_dictionaries_of_stories_serve_stories_better_than_those_of_source_code(judge):
+def test_dictionaries_of_stories_serve_stories_better_than_those_of_source_code():
     kl = []
     for text in HELD_OUT, (ROOT / "lexico.py").read_text():
         tokens = torch.tensor([TOKENIZER.encode(text[-10_000:])[:1024]])
@@ -63,23 +58,23 @@ def test_dictionaries_of_stories_serve_stories_better_than_those_of_source_code(
         learner.step(X)
         d = Dictionaries(learner.state["D"].unflatten(0, (2, -1)), torch.ones(2, 6) / 16,
                          shape_of(MODEL.config))
-        kl.append(judge.fidelity(lambda start: quality.lexico(d, 4, "fp8", omp, SPARED))["kl"])
+        kl.append(JUDGE.fidelity(lambda start: quality.lexico(d, 4, "fp8", omp, SPARED))["kl"])
     assert kl[0] < 0.8 * kl[1]
 
 # ---- Peers and coders ----------------------------------------------------------------------------
 
-def test_every_peer_loses_less_in_more_memory(kl, table):
+def test_every_peer_loses_less_in_more_memory():
     kinds = {}
-    for name in sorted(table.keys() - {"dense"}, key=lambda name: table[name][0]):
+    for name in sorted(TABLE.keys() - {"dense"}, key=lambda name: TABLE[name][0]):
         kinds.setdefault(name.split()[0], []).append(name)
     del kinds["Lexico"]
     assert len(kinds) == 10
     for least, more, *_ in kinds.values():
         assert kl(least) > kl(more) > 0, least
 
-def test_memory_is_counted_whole(table):
+def test_memory_is_counted_whole():
     for name, bits in SHAPES["peers"].items():
-        assert 64 * 16 * table[name][0] == bits, name
+        assert 64 * 16 * TABLE[name][0] == bits, name
 
 @pytest.mark.parametrize("bits, largest, error", [
     (1, 0.7979, 0.3634), (2, 1.5104, 0.1175), (3, 2.1520, 0.0345), (4, 2.7326, 0.0095)])
