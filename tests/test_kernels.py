@@ -7,6 +7,7 @@ import subprocess
 import sys
 from itertools import product
 from types import SimpleNamespace
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -172,17 +173,15 @@ def test_one_line_says_why_no_kernel_serves(monkeypatch, capsys):
 # ---- Recorded steps ------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("answer, end", [
-    (True, "record? run replay replay count"), (False, "record? run run")])
+    (True, "may_record run replay replay count"), (False, "may_record run run")])
 def test_recorded_counts_what_replays_do_not(answer, end, monkeypatch):
-    log = []
-    graph = SimpleNamespace(replay=lambda: log.append("replay"))
-    monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: graph)
+    log = Mock(may_record=Mock(return_value=answer))
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: log)  # whose replay is logged, too
     monkeypatch.setattr(torch.cuda, "graph", lambda graph, **options: torch.no_grad())
-    step = Recorded(lambda: log.append("run"), lambda: log.append("count"),
-                    lambda: log.append("record?") or answer)
+    step = Recorded(log.run, log.count, log.may_record)
     for _ in range(4):
         step()
-    assert log == ["run", "run", *end.split()]
+    assert [name for name, *_ in log.method_calls] == ["run", "run", *end.split()]
 
 @pytest.mark.skipif(not CUDA, reason="there is no GPU: no step was recorded as a CUDA graph")
 @pytest.mark.parametrize("sparse", [False, True])
