@@ -70,8 +70,7 @@ def test_commands_print_what_they_should_and_bad_input_gets_one_line(tmp_path, m
     for name, data in re.findall(r"^file (\S+): ?(.*)$", COMMANDS, re.M):
         (tmp_path / name).write_bytes(data.encode().decode("unicode_escape").encode("latin1"))
     other, beyond, overflow = (random_model(vocab_size=V, head_dim=32) for V in (4096, 400, 4096))
-    overflow.layers[0].mlp.gate_proj.weight *= 1e20
-    overflow.layers[0].mlp.up_proj.weight *= 1e20
+    overflow.layers[0].self_attn.k_proj.weight *= 1e38  # keys beyond float32
     for name, model in (("other", other), ("beyond", beyond), ("overflow", overflow)):
         model_folder(name, model)
     chat_folder(tmp_path / "chat", "no system")
