@@ -168,7 +168,7 @@ class Chat:
         self.name, self.tokenizer = name_or_path, tokenizer
 
     def message(self, role, text):
-        while typed := [name for name in self.tokenizer.special if name in text]:
+        while typed := [name for name in (*self.tokenizer.special, ANSWER) if name in text]:
             text = text.replace(max(typed, key=len), "")  # what was around it may form another
         return {"role": role, "content": text}
 
@@ -203,8 +203,9 @@ def chat(args, model, tokenizer, cache):
         tokenizer.check(new, config)
         room = config.context - cache.length - len(new)
         if room < 0:
-            print(f"error: {len(new)} new tokens do not fit: {cache.length} of the context's "
-                  f"{config.context} are taken; shorten it, or start anew", file=sys.stderr)
+            if args.rank == 0:
+                print(f"error: {len(new)} new tokens do not fit: {cache.length} of the context's "
+                      f"{config.context} are taken; shorten it, or start anew", file=sys.stderr)
             continue
         messages = [*asked, {"role": "assistant", "content": ANSWER}]
         stream, seconds = tokenizer.stream(), []
@@ -323,7 +324,7 @@ def main():
         model, tokenizer, dictionaries, about = load(args)
         config = model.config
         say = (lambda text: None) if args.quiet else print
-        model.verbose = not args.quiet
+        model.verbose = args.rank == 0 and not args.quiet
         if args.compile:
             compile_layers()
 
@@ -371,14 +372,16 @@ def main():
         figures = {"text": tokenizer.decode([step["token"] for step in steps]), name: taken}
         say(f"{tokenizer.decode(ids)}{figures['text']}\n\n{describe(name, taken)}")
         if args.compare and taken["ended"] != "interrupted":
-            dense, figures["dense"] = run(True, shown=False)
+            dense, taken = run(True, shown=False)
+            figures["dense"] = taken
+            say(describe("dense", taken))
+        if args.compare and taken["ended"] != "interrupted":
             given = iter(dense)
             forced = start(False, lambda logits: next(given)["tokens"])
             figures["agreement"] = same = agreement(steps, dense, forced)
-            say(f"{describe('dense', figures['dense'])}\nagreement: the first "
-                f"{same['shared_tokens']} tokens are shared. Along the dense text, mean "
-                f"KL(dense || sparse) is {same['kl']:.4f} and the likeliest token the same "
-                f"{same['top1']:.1%} of the time")
+            say(f"agreement: the first {same['shared_tokens']} tokens are shared. Along the dense "
+                f"text, mean KL(dense || sparse) is {same['kl']:.4f} and the likeliest token the "
+                f"same {same['top1']:.1%} of the time")
         figures["steps"] = [{"token": step["token"], "forward": step["forward"],
                              "coding": step["coding"], **step["bytes"]} for step in steps]
         write((json.dumps(figures, indent=1) + "\n").encode())

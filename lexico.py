@@ -97,7 +97,7 @@ class Dictionaries:
         Raises InputError for what is missing, damaged or not ours."""
         path = Path(path).expanduser()
         hub_id = len(path.parts) == 2 and path.suffix != ".safetensors" and not path.exists()
-        if path.is_dir() or hub_id:
+        if path.is_dir() or hub_id or str(path) == "tiny":
             path = find_folder(path, ["dictionary.safetensors"]) / "dictionary.safetensors"
         if not path.is_file():
             raise InputError(f"dictionary '{path}' does not exist; learn one with train_dict.py")
@@ -115,7 +115,7 @@ class Dictionaries:
                     and (np.diff(tried, prepend=0) > 0).all() and scale.log().isfinite().all()
                     and ((atoms.float().norm(dim=-1) - 1).abs() < 0.02).all() and keys.numel()):
                 raise ValueError("NaN, atoms not of length 1, a scale not above 0, or other shapes")
-            return cls(atoms.to(device), scale.to(device), **about)
+        return cls(atoms.to(device), scale.to(device), **about)
 
     @classmethod
     def find(cls, model):

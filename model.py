@@ -236,6 +236,8 @@ class Config:
               "head_dim": checked(hf, "hidden_size", int) // heads, **hf}
         plain = {ours: checked(hf, name, cls.__annotations__[ours]) for ours, name in
                  HF_NAMES.items() if name in hf or not hasattr(cls, ours)}  # some have a default
+        if kind in ("mistral", "qwen2"):  # whose attention_bias says nothing, as in transformers
+            plain["out_bias"] = False
         scaling = {name: checked(hf, name, float) for name in LLAMA3_ROPE if rope_type == "llama3"}
         eos = hf["eos_token_id"] if isinstance(hf["eos_token_id"], list) else [hf["eos_token_id"]]
         computed = {
@@ -316,7 +318,6 @@ class Tokenizer:
         """A function id -> text for printing token by token: half a character waits for the rest.
         Called with None, at the end, it gives what is left."""
         shown, new = [], []  # the ids printed last are context for those that wait
-
         def step(i):
             nonlocal shown, new
             new += [] if i is None else [i]

@@ -232,9 +232,10 @@ def learn(args, model, tokenizer):
         rows = text.rows(count, number, held_out).chunk(ranks)[rank]
         tokenizer.check(rows.flatten().tolist(), config)
         X = gather(vectors(model, rows.to(device), args.heads), dim=1)[mine]
-        if not X.isfinite().all():
+        largest = X.abs().amax(dim=(1, 2))  # of each dictionary's numbers; NaN if one is NaN
+        if not ((0 < largest) & (largest < inf)).all():
             raise InputError(f"model '{args.model}' gives keys or values that are no finite numbers"
-                             "; use other weights")
+                             ", or a layer's that are all 0; use other weights")
         return X
 
     if args.fine_tune:
@@ -288,7 +289,8 @@ def load_checkpoint(path, settings, steps, state, mine):
     made. Raises InputError if there is none, or of another run."""
     with door(f"--resume: {path} is absent, damaged or of another shape", "start without --resume"):
         step, made_with, saved = torch.load(path, map_location="cpu", mmap=True)
-        other = ["--%s %s" % option for option in sorted(made_with.items() - settings.items())]
+        other = [f"--{name.replace('_', '-')} {value}" for name, value in
+                 sorted(made_with.items() - settings.items())]
         if made_with != settings:
             raise InputError(f"{path} was made with {', '.join(other)}; repeat that, or delete it")
         if type(step) is not int or not 0 < step <= steps:
@@ -329,15 +331,21 @@ def output_file(path, way_out="name a file where there is room"):
     """A function that writes a file, whose place is taken before the work that makes its content.
 
     A temporary file beside it takes its name once all is written, and goes if nothing comes. A link
-    is followed. What is no ordinary file (a pipe, /dev/stdout) is written to as it is."""
-    ordinary = os.path.isfile(path) or not os.path.exists(path)
+    is followed. What is no ordinary file is written to as it is: a pipe, or where our own output
+    goes, if that is a file with what was there before."""
+    def is_output(path):  # such as /dev/stdout
+        return any(os.path.samestat(os.stat(path), os.fstat(stream)) for stream in (1, 2))
+
+    ordinary = not os.path.exists(path) or os.path.isfile(path) and not is_output(path)
     path = Path(os.path.realpath(path) if ordinary else path)
     part = Path(f"{path}.{os.getpid()}.part") if ordinary else path
     checked = lambda: door(f"{path} cannot be written", way_out)
 
     def write(data):
+        with checked(), part.open("ab") as file:
+            sys.stdout.flush()
+            file.write(data)
         with checked():
-            part.write_bytes(data)
             if ordinary:
                 os.replace(part, path)
 

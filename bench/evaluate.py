@@ -91,7 +91,8 @@ class Lexico(TemplateLM):
         return self.each(lambda _, *ids: self.score(*ids), requests)
 
     def loglikelihood_rolling(self, requests, **_):  # of texts that fit in the context
-        return self.each(lambda text: self.score([], self.tok_encode(text))[0],
+        encode = lambda text: self.tok_encode(text, add_special_tokens=False)  # score's [] begins
+        return self.each(lambda text: self.score([], encode(text))[0],
                          [request.args for request in requests])
 
     def generate_until(self, requests, **_):

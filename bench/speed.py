@@ -76,7 +76,8 @@ def time_attention(args):
                 first, second = codes.parts
                 u = torch.rand(first.shape, device=args.device)
                 index = args.atoms**u - 1 if zipf else args.atoms * u
-                first.copy_(index.int() << codes.bits)
+                level = torch.randint(2**codes.bits, first.shape, device=args.device)
+                first.copy_((index.int() << codes.bits) | level)  # level: 0 for FP8, which has none
                 second.copy_(100 * torch.ones(second.shape) if codes.bits else 2 * u - 1)
             steps = [(q, cache.codes[0, i], cache.codes[1, i], cache.boundary, *cache.dense[:, i],
                       cache.seen) for i in range(L)]

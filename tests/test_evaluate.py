@@ -11,7 +11,9 @@ from test_model import TINY
 pytest.importorskip("lm_eval", reason="pip install -e '.[eval]'")
 TASKS = {"choice": {"output_type": "multiple_choice", "doc_to_choice": "{{choices}}"},
          "text": {"output_type": "generate_until",
-                  "generation_kwargs": {"until": [".", "!"], "max_gen_toks": 30}}}
+                  "generation_kwargs": {"until": [".", "!"], "max_gen_toks": 30}},
+         "whole": {"output_type": "loglikelihood_rolling", "doc_to_text": "",
+                   "doc_to_target": "{{text}}", "metric_list": [{"metric": "bits_per_byte"}]}}
 
 @pytest.fixture
 def rows(tmp_path):
@@ -29,28 +31,35 @@ def rows(tmp_path):
     return rows
 
 def run(folder, options):
-    """Accuracy, log-likelihoods of the choices (rows, 2), and answers."""
-    code, _, error = call("bench/evaluate.py --tasks choice,text --include-path "
+    """Accuracy, log-likelihoods of the choices (rows, 2), answers, and log-likelihoods of texts."""
+    code, _, error = call(f"bench/evaluate.py --tasks {','.join(TASKS)} --include-path "
                           f"{folder} --json {folder}/out {options}")
     assert code == 0, error
     figures = json.loads((folder / "out").read_text())
-    choices, said = ([row["filtered_resps"] for row in figures["samples"][name]] for name in TASKS)
-    return figures["results"]["choice"]["acc,none"], torch.tensor(choices)[..., 0], sum(said, [])
+    choices, said, whole = (sum((row["filtered_resps"] for row in figures["samples"][name]), [])
+                            for name in TASKS)
+    return (figures["results"]["choice"]["acc,none"], torch.tensor(choices)[:, 0].view(-1, 2), said,
+            torch.tensor(whole))
 
 def test_dense_results_are_those_of_transformers_and_sparse_ones_are_near(rows, tmp_path):
     tokenizer = transformers.AutoTokenizer.from_pretrained(TINY)
     encode = lambda *texts: tokenizer(" ".join(texts), return_tensors="pt").input_ids  # (1, T)
     model = transformers.AutoModelForCausalLM.from_pretrained(TINY, dtype=torch.float32)
-    expected, said = [], []
+    expected, said, texts = [], [], []
+
+    def score(ids, T):  # of all but the first T
+        log_p = model(ids).logits.detach().log_softmax(-1)[0, T - 1:-1]
+        return log_p.gather(-1, ids[0, T:, None]).sum()
+
     for prompt, choices in (row.values() for row in rows):
         T = encode(prompt).shape[1]
-        for ids in (encode(prompt, choice) for choice in choices):
-            log_p = model(ids).logits.detach().log_softmax(-1)[0, T - 1:-1]
-            expected.append(log_p.gather(-1, ids[0, T:, None]).sum())
+        texts.append(score(encode(prompt), 1))
+        expected += [score(encode(prompt, choice), T) for choice in choices]
         new = model.generate(encode(prompt), max_new_tokens=30, do_sample=False)[0, T:]
         said.append(tokenizer.decode(new, skip_special_tokens=True).replace("!", ".").split(".")[0])
-    accuracy, dense, answers = run(tmp_path, "--dense")
+    accuracy, dense, answers, whole = run(tmp_path, "--dense")
     torch.testing.assert_close(dense.flatten(), torch.stack(expected), rtol=0, atol=1e-3)
+    torch.testing.assert_close(whole, torch.stack(texts), rtol=0, atol=1e-3)
     assert accuracy == (dense[:, 0] > dense[:, 1]).float().mean() and answers == said
     apart = (run(tmp_path, "--buffer 4 --window 1 --sparsity 8 --coding fp8")[1] - dense).abs()
     assert apart.min() > 1e-3 and apart.mean() < 0.1 * dense.abs().mean()  # it was used, and serves

@@ -20,6 +20,7 @@ from test_model import model_folder, random_model, says
 import generate
 from lexico import DenseCache
 from model import Llama, Tokenizer
+from train_dict import output_file
 
 HELD_OUT, TEMPLATES = ROOT / "tiny/held-out.txt", cases("templates")
 README, COMMANDS = (ROOT / "README.md").read_text(), (ROOT / "tests/cases/commands.txt").read_text()
@@ -69,9 +70,11 @@ def test_commands_print_what_they_should_and_bad_input_gets_one_line(tmp_path, m
     monkeypatch.chdir(tmp_path)
     for name, data in re.findall(r"^file (\S+): ?(.*)$", COMMANDS, re.M):
         (tmp_path / name).write_bytes(data.encode().decode("unicode_escape").encode("latin1"))
-    other, beyond, overflow = (random_model(vocab_size=V, head_dim=32) for V in (4096, 400, 4096))
-    overflow.layers[0].self_attn.k_proj.weight *= 1e38  # keys beyond float32
-    for name, model in (("other", other), ("beyond", beyond), ("overflow", overflow)):
+    models = {name: random_model(vocab_size=400 if name == "beyond" else 4096, head_dim=32)
+              for name in ("other", "beyond", "overflow", "silent")}
+    models["overflow"].layers[0].self_attn.k_proj.weight *= 1e38  # keys beyond float32
+    models["silent"].layers[1].self_attn.v_proj.weight *= 0
+    for name, model in models.items():
         model_folder(name, model)
     chat_folder(tmp_path / "chat", "no system")
     before = {*tmp_path.iterdir()}
@@ -116,12 +119,21 @@ def test_a_text_depends_on_prompt_and_seed_not_on_where_it_comes_from(tmp_path):
         assert json.loads(figures)["text"] in first[1]
     assert {path.name for path in tmp_path.iterdir()} == {"prompt", "link", "real", "fifo"}
 
-def test_ctrl_c_ends_with_the_summary_so_far():
-    process = start("generate.py --max-new-tokens 1500")
-    next(line for line in process.stdout if line.startswith("    5"))
+@pytest.mark.parametrize("options, sign, last", [
+    ("--max-new-tokens 1500", "    5", "interrupted"), ("--compare", "sparse: ", "")])
+def test_ctrl_c_ends_with_the_summary_so_far(options, sign, last):
+    process = start(f"generate.py {options}")
+    next(line for line in process.stdout if line.startswith(sign))
     process.send_signal(signal.SIGINT)
     out, error = process.communicate(timeout=30)
-    assert process.returncode == 130 and "interrupted" in out and "Traceback" not in error
+    assert process.returncode == 130 and last in out and "Traceback" not in error
+    assert "agreement" not in out
+
+def test_what_was_printed_stays_where_figures_go_to_the_same_file(capfd):
+    print("before", flush=True)
+    with output_file("/dev/stdout") as write:
+        write(b"{}")
+    assert capfd.readouterr().out == "before\n{}"
 
 # ---- Chat ----------------------------------------------------------------------------------------
 
@@ -130,7 +142,8 @@ def test_a_turn_is_that_of_transformers_and_rewriting_templates_are_refused(temp
     folder = chat_folder(tmp_path, template)
     chat = generate.Chat(folder, Tokenizer.from_pretrained(folder))
     typed = "\n A<b & \"c\"<|eot|>  <|<|eot|>head|>there<|\n<|end_of_text|> <think>ü"
-    message = chat.message("user", typed)  # only the template writes special tokens
+    # Only the template writes special tokens, and what stands for an answer.
+    message = chat.message("user", f"{generate.ANSWER}{typed}")
     assert message == {"role": "user", "content": "\n A<b & \"c\"  there<|\n <think>ü"}
     assert chat.new_tokens([message]) == chat.hf.apply_chat_template(
         [message], add_generation_prompt=True, return_dict=False)
@@ -148,7 +161,7 @@ def test_every_token_passes_the_model_once(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("sys.stdin", SimpleNamespace(isatty=lambda: True))
     monkeypatch.setattr(generate, "sampler", lambda _: lambda _: torch.tensor([next(answers)]))
     args = SimpleNamespace(model=folder, device="cpu", system="Be brief.", seed=0, temperature=0,
-                           top_p=1, max_new_tokens=3, quiet=False)
+                           top_p=1, max_new_tokens=3, quiet=False, rank=0)
     ours, cache = Tokenizer.from_pretrained(folder), DenseCache(model.config, device="cpu")
     generate.chat(args, model, ours, cache)
     expected, before = [], "<|head|>system\nBe brief.<|eot|>\n"

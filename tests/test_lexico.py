@@ -180,6 +180,8 @@ def test_dictionaries_come_back_as_they_were_saved_and_must_fit(tmp_path):
     assert torch.equal(back.scale, d.scale) and back.heads == 2 and back.metadata == d.metadata
     assert says("KV heads", d.check, replace(CONFIG, kv_heads=3, n_heads=3))
     assert says("word (up to 8192)", sparse, 2, 4, dictionaries(8193), 1, "word")
+    with pytest.raises((AssertionError, RuntimeError)):  # torch's own, and no word of damage
+        Dictionaries.load(tmp_path / "d", "cuda:99")
 
 @pytest.mark.parametrize("name, values", MALFORMED["dictionary"].items())
 def test_damaged_dictionaries_are_refused_by_name(tmp_path, name, values):

@@ -61,12 +61,17 @@ def test_logits_are_those_of_transformers_in_one_pass_chunks_and_single_steps(ch
 def test_what_a_config_leaves_out_is_what_transformers_fills_in(kind, window):
     scaling = SHAPES["models"][-1]["rope_scaling"]  # transformers has a new spelling of it
     given = {"vocab_size": 300, "hidden_size": 256, "intermediate_size": 9, "num_hidden_layers": 2,
-             "num_attention_heads": 32, "rope_theta": 5e5, **window,
+             "num_attention_heads": 32, "rope_theta": 5e5, "attention_bias": True, **window,
              "rope_scaling": {"rope_type": "llama3", **scaling}}
-    new = transformers.AutoConfig.for_model(kind, **given).to_dict()
+    config = transformers.AutoConfig.for_model(kind, **given)
+    new = config.to_dict()
     assert new["rope_parameters"] == {"rope_theta": 5e5, **given["rope_scaling"]}
     ours = Config.from_hf({"model_type": kind, "eos_token_id": new["eos_token_id"], **given})
     assert ours == Config.from_hf(new) and ours.rope_scaling == scaling
+    with torch.device("meta"):
+        theirs = transformers.AutoModelForCausalLM.from_config(type(config)(**given)).state_dict()
+        shapes = {name: x.shape for name, x in Llama(ours).state_dict().items()}
+    assert shapes == {name.removeprefix("model."): x.shape for name, x in theirs.items()}
 
 # ---- Weights and folders -------------------------------------------------------------------------
 
