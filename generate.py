@@ -238,13 +238,16 @@ def read_pursuit(text):
 
 def read_prompt(args):
     """The prompt's text, from --prompt, --prompt-file or standard input ("-")."""
-    text, source = args.prompt, args.prompt_file or ("-" if args.prompt == "-" else None)
+    text, source = args.prompt, "-" if args.prompt == "-" else args.prompt_file
     with door(f"the prompt from {source or '--prompt'} cannot be read", "give UTF-8 text"):
-        if source:
+        if source is not None:
             text = (sys.stdin.buffer.read() if source == "-" else
                     Path(source).expanduser().read_bytes()).decode()
         text.encode()  # fails for what a terminal gave that is no text
-    if not (text := plain_text(text)).strip():
+    text = plain_text(text)
+    if source is not None:
+        text = text.removesuffix("\n")  # which ends a file's last line
+    if not text.strip():
         raise InputError("the prompt is empty; give some text with --prompt or --prompt-file")
     return text
 
@@ -320,7 +323,7 @@ def new_cache(args, model, dictionaries, dense, capacity=0):
 
 def main():
     args = parse_arguments()
-    with output_file(args.json if args.json and args.rank == 0 else os.devnull) as write:
+    with output_file(args.json if args.rank == 0 else None) as write:
         model, tokenizer, dictionaries, about = load(args)
         config = model.config
         say = (lambda text: None) if args.quiet else print

@@ -68,13 +68,13 @@ class Dictionaries:
         M, tried = self.atoms.shape[3], np.array(self.metadata["divergence"]["sparsity"])
         log_kl = np.log(np.maximum(self.metadata["divergence"]["kl"], 1e-9)).reshape(-1, len(tried))
         offers = np.unique(-(-M * np.array((2, 3, 4, 6, 8, 11, 15, 20, 26)) // 64))
-        after = np.searchsorted(tried, offers).clip(1, len(tried) - 1)  # measured at or above
+        after = np.searchsorted(tried, offers).clip(1, len(tried) - 1)  # the line's upper end
         slope = (log_kl[:, after] - log_kl[:, after - 1]) / (tried[after] - tried[after - 1])
         harm = np.exp(log_kl[:, after - 1] + slope * (offers - tried[after - 1]))  # (2 L, offers)
         size = np.array([CODINGS[coding].nbytes_each(s) for s in offers]) / (2 * M)  # as shares
         if not size[0] <= share <= size[-1]:
-            raise InputError(f"--sparsity auto:{100 * share:g}% is outside {size[0]:.1%} .. "
-                             f"{size[-1]:.1%}, what coding {coding} offers; choose within it")
+            raise InputError(f"--sparsity auto:{100 * share:g}% is outside {100 * size[0]:.6g}% .. "
+                             f"{100 * size[-1]:.6g}%, what coding {coding} offers; choose within")
         left, cost, taken = (share - size[0]) * len(harm), np.diff(size), np.zeros(len(harm), int)
         gain = np.minimum.accumulate(-np.diff(harm) / cost, axis=1)  # per byte, made never to rise
         for best in np.argsort(-gain, axis=None, kind="stable"):
@@ -111,17 +111,21 @@ class Dictionaries:
             measured = about.get("divergence", {"kl": np.ones((2, L, 2)), "sparsity": (1, 2)})
             kl, tried = (np.array(measured[name], float) for name in ("kl", "sparsity"))
             if not (shape["n_layers"] == L and M % shape["head_dim"] == 0 and scale.shape == (2, L)
-                    and kl.shape == (2, L, len(tried)) and (kl >= 0).all() and len(tried) > 1
+                    and type(shape["head_dim"]) is int and len(tried) > 1
+                    and kl.shape == (2, L, len(tried)) and ((kl >= 0) & (kl < np.inf)).all()
                     and (np.diff(tried, prepend=0) > 0).all() and scale.log().isfinite().all()
                     and ((atoms.float().norm(dim=-1) - 1).abs() < 0.02).all() and keys.numel()):
                 raise ValueError("NaN, atoms not of length 1, a scale not above 0, or other shapes")
-        return cls(atoms.to(device), scale.to(device), **about)
+            dictionaries = cls(atoms, scale, **about)
+        dictionaries.atoms, dictionaries.scale = atoms.to(device), scale.to(device)
+        return dictionaries
 
     @classmethod
     def find(cls, model):
-        """Path of the dictionary that lies in a model's folder, or for it in dictionaries/."""
-        name = Path(model).absolute().name
-        learned = Path(__file__).parent.glob(f"dictionaries/*--{name}.safetensors")
+        """Path of a model's dictionary: in its own folder, or else in dictionaries/."""
+        path = Path(model).absolute()
+        owner = "*" if path.is_dir() else path.parent.name  # the latter of a Hub id
+        learned = Path(__file__).parent.glob(f"dictionaries/{owner}--{path.name}.safetensors")
         for path in (find_folder(model) / "dictionary.safetensors", *learned):
             if path.is_file():
                 return path
@@ -141,7 +145,7 @@ class Codes:
     D: (N, M) atoms. scale: (), what a stored coefficient of 1 stands for. parts: two tensors,
     (B, H / heads, capacity, .), whose last dimension and type a subclass names in `columns`. Its
     encode turns vectors Y (n, V, M), in units of the scale, over D (n, N, M) into parts, its decode
-    parts into indices and coefficients. level_bits(N): of a level beside an index, 0 without."""
+    parts into indices and coefficients. level_bits(N): bits of a word's level, or 0."""
     most_atoms, level_bits = 2**15, staticmethod(lambda n_atoms: 0)
 
     def __init__(self, D, scale, sparsity, batch, vectors, capacity=0):
@@ -161,8 +165,8 @@ class Codes:
             stored.view(torch.uint8).index_copy_(2, positions, part.view(torch.uint8))
 
     def read(self, start, end):
-        """Indices int32 and coefficients float32, (B H, T, s), of tokens start .. end; coefficients
-        are in units of the scale."""
+        """Indices int32 and coefficients float32, in units of the scale, of tokens start .. end:
+        (P, T, s), P = B H / heads."""
         return self.decode(*(part[:, :, start:end].flatten(0, 1) for part in self.parts))
 
     @classmethod
@@ -171,7 +175,7 @@ class Codes:
         return sum(width * dtype.itemsize for width, dtype in cls.columns(sparsity))
 
 def with_room(x, tokens):
-    """x (..., room, .) if it holds so many tokens, else in larger room, twice as large at least."""
+    """x (..., room, .), copied into at least twice the room if so many tokens do not fit."""
     *outer, room, width = x.shape
     more = max(tokens - room, room)
     return x if tokens <= room else torch.cat((x, x.new_zeros(*outer, more, width)), dim=-2)
@@ -232,7 +236,7 @@ def attend_codes(q, key_codes, value_codes, compressed, keys, values, seen):
     """Attention over coded tokens and dense ones, in one softmax.
 
     q: (B, G H, T, m). key_codes, value_codes: Codes, of which the first `compressed` tokens count
-    (a number, or a tensor () on the device). keys, values: (B, H, S, m), dense, where seen (T, S).
+    (a number, or a tensor () on the device). keys, values: (B, H, S, m), dense. seen: (T, S).
     Returns the output, shaped as q. Tokens are taken in pieces: what is held beside the scores
     stays small, whatever the context."""
     n, (B, H, S, m) = int(compressed), keys.shape
@@ -269,7 +273,7 @@ class Counters:
     position and boundary, the same numbers on the device, where a recorded step reads them."""
 
     def __init__(self, device):
-        self.length = self.compressed = self.leaving = 0  # leaving: to code when a chunk ends
+        self.length = self.compressed = self.leaving = 0  # leaving: coded by this chunk
         self.position, self.boundary = torch.zeros(2, dtype=torch.long, device=device)
 
     def advance(self, tokens=0, compressed=0, replayed=False):
@@ -340,8 +344,7 @@ class SparseCache(Counters):
         # Ours (--beam: a partial) take all dictionaries at once; yours is called for each in turn.
         batched = getattr(pursuit, "func", pursuit) in (omp, omp_beam)
         self.pursuit = pursuit if batched else one_by_one(pursuit)
-        vectors = config.kv_heads // dictionaries.heads  # of a token, for each dictionary
-        room = max(0, capacity - buffer - sinks)
+        vectors, room = config.kv_heads // dictionaries.heads, max(0, capacity - buffer - sinks)
         self.codes = {  # (kind, layer) -> Codes
             pair: CODINGS[coding](atoms[pair], scale[pair], int(table[pair]), batch, vectors, room)
             for pair in np.ndindex(table.shape)}
@@ -401,8 +404,8 @@ class SparseCache(Counters):
                 torch.div(vectors[:, :, leaves], scale[layer], out=new)
             self.encode([(KEYS, layer), (VALUES, layer)], self.tokens[leaves] - self.sinks, x)
         for stay in (slice(leaves.start), slice(leaves.stop, None)):  # those before and after
-            for x, slots in zip(kv, dense):
-                slots[:, :, self.places[stay]] = x[:, :, stay].to(dense.dtype)
+            for x, kept in zip(kv, dense):
+                kept[:, :, self.places[stay]] = x[:, :, stay].to(dense.dtype)
         return out
 
     def compress(self):

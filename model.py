@@ -297,7 +297,7 @@ class Tokenizer:
         backend.no_padding()
         added = backend.get_added_tokens_decoder().items()  # id -> token
         self.special = {token.content: i for i, token in added if token.special}
-        # Added tokens are text as they stand, which a decoder of bytes may not know.
+        # Added tokens are plain text, which a decoder of bytes may not give back.
         self.verbatim = {i: token.content for i, token in added
                          if not token.special and backend.decode([i]) != token.content}
 
@@ -377,7 +377,7 @@ MODEL_FILES = ["config.json", "generation_config.json", "model*.safetensors", "*
 def find_folder(name_or_path, patterns=MODEL_FILES):
     """Folder of a model: "tiny" (the embedded one), a local folder, or a Hub id (owner/name), whose
     files of these patterns are fetched once and then found without a network."""
-    path = Path(name_or_path).expanduser()
+    path = Path(os.path.expanduser(name_or_path))
     if str(path) == "tiny":
         path = Path(__file__).parent / "tiny"
     if path.is_dir():
@@ -418,7 +418,7 @@ def door(what, way_out):
     """Where something comes in from outside: whatever fails within is bad input."""
     try:
         yield
-    except (InputError, KeyboardInterrupt, SystemExit, GeneratorExit):
+    except (InputError, KeyboardInterrupt, GeneratorExit, MemoryError):
         raise
     except BaseException as error:  # not Exception: a panic of `tokenizers` is none
         raise InputError(f"{what} ({type(error).__name__}: {error}); {way_out}") from None

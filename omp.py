@@ -65,13 +65,15 @@ def omp_levels(D, Y, sparsity, bits, pursuit=omp):
     Returns indices and levels (..., V, s) and e (..., V, 1), int64."""
     D3, Y3 = with_batch(D, Y, sparsity)
     found = omp_fused(D3, Y3, sparsity, bits) if pursuit is omp else None
-    chosen = [] if pursuit is omp else [pursuit(D, Y, sparsity)[0].reshape(*Y3.shape[:2], -1)]
+    chosen = []
+    if pursuit is not omp:
+        chosen.append(pursuit(D, Y, sparsity)[0].reshape(*Y3.shape[:2], sparsity))
     levels = lambda D, Y, chosen=None: solve(*pursue(D, Y, sparsity, chosen=chosen), bits=bits)
     return unbatch(Y, found or sliced(levels, D3, Y3, *chosen))
 
 def one_by_one(pursuit):
-    """Make a pursuit of one dictionary (N, m) and its vectors (V, m), which it gets in float32, one
-    for a batch of them."""
+    """Make a pursuit of one dictionary (N, m) and its vectors (V, m), both in float32, take a batch
+    of them."""
     def many(D, Y, sparsity):
         found = [pursuit(d.float(), y.float(), sparsity) for d, y in zip(D, Y)]
         shapes, fits = [tuple(part.shape) for part in found[0]], (Y.shape[1], sparsity)
@@ -93,8 +95,8 @@ def with_batch(D, Y, sparsity):
     return D3, Y3
 
 def sliced(function, D, Y, *others, each=1):
-    """function(D, Y, *others) in float32 at least, on slices along V whose correlations (on a GPU,
-    a fourth of them), `each` times N for a vector, fit CHUNK; its tuple of results (L, V, .)."""
+    """function(D, Y, *others) in float32 at least, on slices along V of at most CHUNK correlations
+    (four times that on a GPU), `each` times N a vector; its tuple of results (L, V, .)."""
     dtype, most = torch.promote_types(Y.dtype, torch.float32), CHUNK * (4 if Y.is_cuda else 1)
     D, size = D.to(dtype), max(1, most // (D.shape[0] * D.shape[1] * each))
     slices = zip(*(x.split(size, dim=1) for x in (Y.to(dtype), *others)))
@@ -199,8 +201,8 @@ def solve(indices, U, Qy, bits=0):
     if not bits:
         return indices, z
     limit, level = 2 ** (bits - 1) - 1, torch.zeros_like(z)
-    e = 16 * (torch.log2(z.abs().amax(dim=-1, keepdim=True) / limit) + 8)  # |z| <= limit steps
-    e = e.round().clamp(0, 255)  # (L, V, 1)
+    e = 16 * (torch.log2(z.abs().amax(dim=-1, keepdim=True) / limit) + 8)
+    e = e.round().clamp(0, 255)  # (L, V, 1): the largest |z| is about `limit` steps
     U, Qy = U * torch.exp2(e / 16 - 8)[..., None], Qy.clone()  # for z counted in steps
     for k in reversed(range(z.shape[-1])):
         level[..., k] = (Qy[..., k] / U[..., k, k]).round().clamp(-limit, limit)
@@ -225,9 +227,11 @@ def reconstruct(D, indices, coefficients):
     return out.view(*indices.shape[:-1], D.shape[-1])
 
 def relative_error(D, Y, indices, coefficients):
-    """||y - z D|| / ||y|| of every vector, (..., V); 0 for zero vectors."""
-    difference = Y - reconstruct(D, indices, coefficients).to(Y.dtype)
-    return difference.norm(dim=-1) / Y.norm(dim=-1).clamp(min=1e-12)
+    """||y - z D|| / ||y|| of every vector, (..., V), float32 at least; 0 for zero vectors."""
+    Y = Y.to(torch.promote_types(Y.dtype, torch.float32))
+    norm = Y.norm(dim=-1)
+    difference = (Y - reconstruct(D.to(Y.dtype), indices, coefficients)).norm(dim=-1)
+    return torch.where(norm > 0, difference / norm, 0)
 
 if __name__ == "__main__":
     D = F.normalize(torch.randn(1024, 64), dim=-1)

@@ -19,7 +19,7 @@ import json
 import os
 import sys
 import time
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from math import ceil, inf
 from pathlib import Path
 
@@ -114,7 +114,7 @@ class Text:
 
     def __init__(self, paths, tokenizer, row_length, seed):
         self.tokenizer, self.row_length, self.seed = tokenizer, row_length, seed
-        files = [read_text(Path(path).expanduser()) for path in paths]
+        files = [read_text(Path(os.path.expanduser(path))) for path in paths]
         if sum(map(len, files)) < 100 * row_length:
             raise InputError(f"{', '.join(map(str, paths))}: too little text to learn from; give "
                              f"{ceil(row_length / 10)} kB or more")
@@ -191,7 +191,7 @@ class Learner:
         pairs = (indices[:, :, None] * N + indices[:, None]).flatten()  # (V s s,), positions in A
         A.mul_(self.fade).view(-1).index_add_(0, pairs, (Z[:, :, None] * Z[:, None]).flatten())
         B.mul_(self.fade).index_add_(0, rows, (Z[..., None] * X[:, None]).flatten(0, 1))
-        used.mul_(self.fade).add_(rows.bincount(minlength=N))
+        used.mul_(self.fade).add_(rows.bincount(Z.flatten() != 0, minlength=N))
         # The closed form, with a little weight on the atoms as they are: it holds those in place
         # that too few vectors have used yet, and keeps A invertible.
         hold = 0.01 * A.diagonal().mean()
@@ -245,8 +245,8 @@ def learn(args, model, tokenizer):
         X = torch.cat([batch(i) for i in range(batches)], dim=1)
         D = F.normalize(X[:, torch.randperm(X.shape[1])[:args.atoms].to(device)], dim=-1)
     learner, held_out, done = Learner(D, args.sparsity, args.fade), batch(0, held_out=True), 0
-    settings = {"text": text.digest, **{name: getattr(args, name) for name in (
-        "model", "heads", "atoms", "sparsity", "tokens", "batch", "fade", "fine_tune", "seed")}}
+    settings = {"text": text.digest, "fine-tune": args.fine_tune, **{name: getattr(args, name) for
+                name in ("model", "heads", "atoms", "sparsity", "tokens", "batch", "fade", "seed")}}
     if args.resume:
         done = load_checkpoint(args.checkpoint, settings, steps, learner.state, mine)
     began = saved = shown = from_rank_0(time.time)  # one clock, for it decides what all do together
@@ -281,16 +281,16 @@ def save_checkpoint(path, content):
         torch.save(content, part)
         os.replace(part, path)
     except (OSError, RuntimeError) as error:
-        part.unlink(missing_ok=True)
         print(f"warning: no checkpoint {path} ({error}); learning goes on", file=sys.stderr)
+    finally:
+        part.unlink(missing_ok=True)
 
 def load_checkpoint(path, settings, steps, state, mine):
     """Fill `state` with its rows `mine` of a checkpoint, and return the step after which it was
     made. Raises InputError if there is none, or of another run."""
     with door(f"--resume: {path} is absent, damaged or of another shape", "start without --resume"):
         step, made_with, saved = torch.load(path, map_location="cpu", mmap=True)
-        other = [f"--{name.replace('_', '-')} {value}" for name, value in
-                 sorted(made_with.items() - settings.items())]
+        other = ["--%s %s" % option for option in sorted(made_with.items() - settings.items())]
         if made_with != settings:
             raise InputError(f"{path} was made with {', '.join(other)}; repeat that, or delete it")
         if type(step) is not int or not 0 < step <= steps:
@@ -328,22 +328,24 @@ def plain_text(text):
 
 @contextmanager
 def output_file(path, way_out="name a file where there is room"):
-    """A function that writes a file, whose place is taken before the work that makes its content.
+    """A function that writes a file (or nothing, if path is None), whose place is taken before the
+    work that makes its content.
 
     A temporary file beside it takes its name once all is written, and goes if nothing comes. A link
-    is followed. What is no ordinary file is written to as it is: a pipe, or where our own output
-    goes, if that is a file with what was there before."""
-    def is_output(path):  # such as /dev/stdout
-        return any(os.path.samestat(os.stat(path), os.fstat(stream)) for stream in (1, 2))
-
-    ordinary = not os.path.exists(path) or os.path.isfile(path) and not is_output(path)
+    is followed. What is no ordinary file is added to as it is: a pipe, or where our output goes."""
+    if path is None:
+        yield lambda data: None
+        return
+    ordinary = os.path.isfile(path) or not os.path.exists(path)
+    with suppress(OSError):  # there is no such file, or that output is closed
+        ordinary &= not any(os.path.samestat(os.stat(path), os.fstat(n)) for n in (1, 2))
     path = Path(os.path.realpath(path) if ordinary else path)
     part = Path(f"{path}.{os.getpid()}.part") if ordinary else path
     checked = lambda: door(f"{path} cannot be written", way_out)
 
     def write(data):
         with checked(), part.open("ab") as file:
-            sys.stdout.flush()
+            print(end="", flush=True)  # what was said before comes before
             file.write(data)
         with checked():
             if ordinary:
@@ -372,17 +374,18 @@ def run_program(main):
     except BrokenPipeError:  # whoever read our output has left
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(141)
-    except (InputError, OSError) as error:  # such as a full disk behind standard output
-        message = error
-    except (MemoryError, RuntimeError) as error:
-        if isinstance(error, RuntimeError) and "allocate" not in str(error):  # as torch says it
+    except (InputError, OSError, MemoryError, RuntimeError) as error:
+        first, message = os.environ.get("LOCAL_RANK", "0") == "0", error
+        lacks = {"allocate", "overflowed"} & {*str(error).split()}  # memory, as torch says it
+        if not first:
+            time.sleep(10)  # rank 0 says what is wrong; then torchrun ends the others
+        if isinstance(error, RuntimeError) and not lacks:
             raise
-        message = "out of memory; ask for a shorter prompt, fewer tokens, a smaller batch or buffer"
-    if os.environ.get("LOCAL_RANK", "0") == "0":
-        print("error:", message, file=sys.stderr)
-    else:
-        time.sleep(10)  # rank 0 says it; then torchrun ends the others
-    sys.exit(2)
+        if isinstance(error, (MemoryError, RuntimeError)):
+            message = "out of memory; ask for fewer tokens, a smaller batch, buffer or dictionary"
+        if first and sys.stderr:
+            print("error:", message, file=sys.stderr)
+        sys.exit(2)
 
 # ---- The command ---------------------------------------------------------------------------------
 
@@ -413,15 +416,15 @@ def parse_arguments():
     if args.out.is_file() and not args.force:
         parser.error(f"--out {args.out} exists; name another file, or give --force")
     if args.checkpoint.exists() and not args.resume:
-        parser.error(f"{args.checkpoint} is of another run; go on with --resume, or delete it")
+        parser.error(f"{args.checkpoint} is of an earlier run; go on with --resume, or delete it")
     config = Config.from_pretrained(args.model)
     if args.fine_tune:
         d = Dictionaries.load(args.fine_tune).check(config)
         args.heads, args.atoms = d.heads, d.atoms.shape[2]
     M = args.heads * config.head_dim
     if config.kv_heads % args.heads or not args.sparsity <= M <= args.atoms:
-        parser.error(f"--heads {args.heads} does not divide {config.kv_heads}, or --sparsity "
-                     f"{args.sparsity} <= {M} (a vector's length) <= --atoms {args.atoms} fails")
+        parser.error(f"--heads {args.heads} must divide {config.kv_heads}; a vector's length, {M}, "
+                     f"must be within --sparsity {args.sparsity} .. --atoms {args.atoms}")
     args.device, args.rank, args.ranks = world(args.device)
     return args
 
@@ -430,7 +433,7 @@ def main():
     args.text = args.text or wikitext()
     torch.manual_seed(args.seed)
     way_out = f"name a file where there is room, and --resume if {args.checkpoint} is there"
-    with output_file(args.out if args.rank == 0 else os.devnull, way_out) as write:
+    with output_file(args.out if args.rank == 0 else None, way_out) as write:
         dtype = torch.float32 if args.device.type == "cpu" else None
         model = Llama.from_pretrained(args.model, args.device, dtype)
         learned = learn(args, model, Tokenizer.from_pretrained(args.model))

@@ -141,7 +141,7 @@ def main():
             raise InputError(f"there is no task '{min(unknown)}'; see lm-eval ls tasks")
         loaded = manager.load(names)  # before the model, which takes longer, and only once
     manager.load = lambda names: loaded
-    with output_file(args.json if args.json and args.rank == 0 else os.devnull) as write:
+    with output_file(args.json if args.rank == 0 else None) as write:
         results = simple_evaluate(Lexico(args), tasks=names, task_manager=manager,
                                   limit=args.limit, num_fewshot=args.num_fewshot,
                                   apply_chat_template=args.apply_chat_template)

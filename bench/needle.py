@@ -5,8 +5,7 @@ attends exactly, as through every real cache. Then all but its newest tokens are
 answer sees what is left of them. A key is found if each of its tokens is the likeliest, given the
 right ones before it: then greedy decoding prints it. SnapKV, PyramidKV and ZipCache rank tokens by
 what the prompt's queries attended to, its end among them: they know the question, all others do
-not. What is calibrated
-sees 32 rows of --calibrate, by default the stories that `tiny` was held to.
+not. What is calibrated sees 32 rows of --calibrate, by default the stories that `tiny` was held to.
 
 The table gives the share of keys found at each length, then at each depth (0: the first line, 1:
 the last), and the memory at the least length, where what is stored once for all tokens weighs most.

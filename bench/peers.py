@@ -200,7 +200,7 @@ def snapkv(share, n_layers, sinks, layer, q, k, v, start, window=32, pool=7):
     votes = attention(q, k)[..., start - window:start, sinks:start].sum((2, 3))
     votes = F.max_pool1d(votes, pool, 1, pool // 2)  # (B, H, start - sinks)
     votes[..., -window:] = torch.inf
-    depth = 1.95 - 1.9 * layer / max(n_layers - 1, 1) if n_layers else 1
+    depth = 1.95 - 1.9 * layer / (n_layers - 1) if n_layers > 1 else 1
     count = window + round(depth * max(0, round(share * start) - window))
     chosen = sinks + votes.topk(min(count, votes.shape[-1]), dim=-1).indices
     kept = (torch.arange(k.shape[-2], device=k.device) >= start).repeat(*k.shape[:2], 1)
@@ -219,14 +219,15 @@ def methods(model, calibration, spared, length):
         table[name] = share, lambda start: Simulated(partial(compress, start=start), start=start,
                                                      **spared)
     for b in (2, 3, 4):
-        add(f"KIVI {b} bit", b / 16 + 2 / 32, partial(kivi, b, sinks), group=32)
+        if m % 32 == 0:  # the numbers that share a grid
+            add(f"KIVI {b} bit", b / 16 + 2 / 32, partial(kivi, b, sinks), group=32)
         add(f"per token {b} bit", b / 16 + 2 / m, partial(per_token, b))
         add(f"TurboQuant {b} bit", b / 16 + 1 / m, partial(turboquant, b))
         add(f"QJL {b} bit", b / 16 + 1.5 / m, partial(qjl, b))
     for r in (0.2, 0.4, 0.6):  # bits: numbers, channels' and tokens' grids, and who is salient
         bits = 2 + 2 * r + (64 + 16) / 2 / length + 32 / 2 / width + 1 / (2 * width)
         add_after_prompt(f"ZipCache {r:.0%}", bits / 16, partial(zipcache, r, buffer, sinks))
-    for d in (8, 4, 2):
+    for d in (d for d in (8, 4, 2) if m % d == 0):
         add(f"product quantisation d={d}", 1 / 2 / d, partial(product_codes, d, calibration, sinks))
     for r in (0.06, 0.09, 0.12, 0.18, 0.25):
         add(f"transform {r:.0%}", r, partial(transform, r, model, calibration, sinks))

@@ -10,8 +10,9 @@ as it is if t - u < buffer, else as it comes back from the codes. Against the fu
     ppl     perplexity of the text
     recall  how often a fact that was told once, somewhere far back, is recalled to the last digit
 
-in the second half of every row. Memory is the bytes of a compressed vector over those of its
-numbers in 16 bits. Buffer and sinks, the same for all methods, are not counted. Peers: peers.py.
+the first three in the second half of every row. Memory is the bytes of a compressed vector over
+those of its numbers in 16 bits. Buffer and sinks, the same for all methods, are not counted. Peers:
+peers.py.
 
     python bench/quality.py --rows 3 --only "KIVI|auto" --figure quality.png"""
 
@@ -172,7 +173,7 @@ def parse_arguments():
     parser = Parser(description=__doc__.partition("\n")[0], allow_abbrev=False)
     add, count = parser.add_argument, partial(between, int)
     add("--model", default="tiny", help='a folder, a Hub id, or "tiny" (default)')
-    add("--dictionary", nargs="+", metavar="FILE", help="default: the one of the model's folder")
+    add("--dictionary", nargs="+", metavar="FILE", help="default: the one known for the model")
     add("--text", type=Path, default=ROOT / "tiny" / "held-out.txt", help="what is decoded")
     add("--calibrate", type=Path, help="text for methods that are calibrated; default: the first "
         "32 rows of --text that are not measured")
@@ -194,7 +195,7 @@ def parse_arguments():
 
 def main():
     args, points = parse_arguments(), []
-    with output_file(args.figure or os.devnull) as write:
+    with output_file(args.figure) as write:
         model = Llama.from_pretrained(args.model, best_device(), torch.float32)
         tokenizer, text = Tokenizer.from_pretrained(args.model), read_text(args.text).decode()
         other = args.calibrate and Text([args.calibrate], tokenizer, args.length, 0).rows(32, 0)

@@ -7,7 +7,7 @@
 
 No shape depends on how many tokens are coded, which the device reads for itself: a CUDA graph can
 replay all this at every length. If a code spans several KV heads, it serves the queries of all. A
-row of q meets its own head's part of D_k, but all of D_v: a fifth launch copies its own part."""
+row of q meets only its head's part of D_k, but all of D_v: a fifth launch copies its part."""
 
 import functools
 from pathlib import Path
@@ -22,7 +22,7 @@ SHORTEST = 256  # tokens of a chunk, at least
 def products_and_dense(q, D, scale, keys, values, seen, products, dense_out, stats, rows, slots, N,
                        CHUNKS: tl.constexpr, G: tl.constexpr, HEADS: tl.constexpr, M: tl.constexpr,
                        TILE: tl.constexpr, BLOCK: tl.constexpr):
-    """The first programs take a KV head's dense tokens each, others form products. M: head_dim."""
+    """Each of the first programs takes a KV head's dense tokens, the rest products. M: head_dim."""
     program, m = tl.program_id(0).to(tl.int64), tl.arange(0, M)[None, :]
     kv_heads, blocks = rows // G, N // BLOCK
     unit = 1.4426950408889634 / M**0.5  # the softmax counts in powers of two
@@ -60,7 +60,7 @@ def products_and_dense(q, D, scale, keys, values, seen, products, dense_out, sta
 def combine(tables, stats, dense_out, scale, compressed, w, base, N, CHUNKS: tl.constexpr,
             SHORTEST: tl.constexpr, PADDED: tl.constexpr, G: tl.constexpr, HEADS: tl.constexpr,
             M: tl.constexpr, BLOCK: tl.constexpr):
-    """BLOCK numbers of a row of w, and its head's part of base: what the dense tokens give."""
+    """BLOCK numbers of a row of w, and its head's part of base: what dense tokens give."""
     row, n = tl.program_id(0).to(tl.int64), tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)[None, :]
     coded, c, m = tl.load(compressed).to(tl.int32), tl.arange(0, PADDED)[:, None], tl.arange(0, M)
     used = c < tl.cdiv(coded, tl.maximum(tl.cdiv(coded, CHUNKS), SHORTEST))  # (PADDED, 1)

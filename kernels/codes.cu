@@ -77,7 +77,7 @@ extern "C" __global__ void __launch_bounds__(1024) attend_codes_chunk(
     ((Array<u16, 2 * RP>*)product_table)[i] = pair;
   }
   __syncthreads();
-  // 2. Scores: s look-ups give a token's R scores. They are kept less the largest one of a dense
+  // 2. Scores: s look-ups give a token's R scores. They are kept minus the largest one of a dense
   // token (the newest always is): near it, where weights count, half precision is exact enough.
   float top[RP];
   for (int r = 0; r < RP; r++) top[r] = -1e9f;

@@ -101,7 +101,7 @@ def test_a_line_for_every_token_then_the_text_the_summaries_and_how_far_they_agr
 
 def test_a_text_depends_on_prompt_and_seed_not_on_where_it_comes_from(tmp_path):
     path, text, ascii = tmp_path / "prompt", "The é\ndog", io.TextIOWrapper(io.BytesIO(), "ascii")
-    path.write_bytes(b"\xef\xbb\xbfThe \xc3\xa9\r\ndog")
+    path.write_bytes(b"\xef\xbb\xbfThe \xc3\xa9\r\ndog\r\n")
     (tmp_path / "link").symlink_to(tmp_path / "real")
     os.mkfifo(tmp_path / "fifo")
     fifo = os.open(tmp_path / "fifo", os.O_RDONLY | os.O_NONBLOCK)
@@ -134,6 +134,15 @@ def test_what_was_printed_stays_where_figures_go_to_the_same_file(capfd):
     with output_file("/dev/stdout") as write:
         write(b"{}")
     assert capfd.readouterr().out == "before\n{}"
+
+def test_figures_are_written_though_every_output_is_closed(tmp_path, monkeypatch):
+    (tmp_path / "figures").write_bytes(b"old")
+    with monkeypatch.context() as closed:
+        closed.setattr(sys, "stdout", None)
+        closed.setattr(os, "fstat", lambda stream: os.close(-1))  # fails
+        with output_file(tmp_path / "figures") as write:
+            write(b"new")
+    assert (tmp_path / "figures").read_bytes() == b"new"
 
 # ---- Chat ----------------------------------------------------------------------------------------
 

@@ -55,6 +55,8 @@ def test_an_atom_is_never_chosen_twice_and_odd_input_stays_finite(coder):
         assert (indices.sort(-1).values.diff(dim=-1) > 0).all()
         assert (relative_error(D, Y, indices, coefficients) < 1 + 1e-5).all()
         assert ((coefficients != 0).sum(-1) <= torch.linalg.matrix_rank(D)).all()  # no idle ones
+        zero = relative_error(D, Y[:2].half(), indices[:2], coefficients[:2])
+        assert (zero == 0).all() and omp_levels(D, Y[:0], 10, 4, coder)[1].shape == (0, 10)
 
 def test_beam_is_never_worse_than_greedy_and_width_one_is_greedy():
     D, Y = dictionary(256, 32, coherence=1.0), torch.randn(100, 32)

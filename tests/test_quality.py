@@ -1,11 +1,13 @@
 """What compression costs, on a small slice: the claims of bench/, and that its measure is real."""
 
 from functools import cache
+from math import isfinite
 
 import pytest
 import torch
 import torch.nn.functional as F
 from conftest import ROOT, SHAPES
+from test_model import random_model
 
 from bench import coders, peers, quality
 from lexico import Dictionaries, SparseCache, shape_of
@@ -26,6 +28,13 @@ TABLE = quality.methods(MODEL, {"N=2048": DICTIONARIES}, CALIBRATION, SPARED, le
 def kl(name):
     """The divergence of the method of a name."""
     return JUDGE.fidelity(TABLE[name][1])["kl"]
+
+def test_heads_of_any_width_have_peers_that_fit_them():
+    model = random_model(vocab_size=4096, head_dim=20)
+    judge = quality.Judge(model, TOKENIZER, HELD_OUT, rows=1, length=64, facts=0)
+    table = peers.methods(model, lambda: peers.record(model, judge.spare[:2]), SPARED, 64)
+    assert "KIVI 2 bit" not in table and "product quantisation d=4" in table
+    assert all(isfinite(judge.fidelity(make)["kl"]) for _, make in table.values())
 
 # ---- Lexico --------------------------------------------------------------------------------------
 

@@ -77,6 +77,15 @@ def test_an_atom_that_serves_none_makes_way_for_a_vector():
     assert learner.step(X) == 1
     assert (F.normalize(X[0], dim=-1) @ learner.state["D"][0, 15]).max() > 0.999
 
+def test_vectors_of_zero_keep_no_atom():
+    def vectors():  # of which every other one is 0, as of a head that is pruned
+        return torch.randn(1, 400, 8) * (torch.arange(400) % 2)[:, None]
+
+    learner = Learner(F.normalize(vectors()[:, :32], dim=-1), 3, fade=0.9)
+    for _ in range(40):
+        learner.step(vectors())
+    torch.testing.assert_close(learner.state["D"].norm(dim=-1), torch.ones(1, 32))
+
 # ---- Nothing is lost -----------------------------------------------------------------------------
 
 def test_neither_a_kill_nor_a_full_disk_loses_anything(learned, tmp_path, monkeypatch, capsys):
