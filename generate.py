@@ -20,7 +20,7 @@ os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # waiting threads soon sleep: c
 import torch
 import torch.nn.functional as F
 
-from kernels.graphs import Recorded, compile_layers
+from kernels.graphs import Replayed, compile_layers
 from kernels.parallel import from_rank_0, parallelize, world
 from lexico import CODINGS, DenseCache, Dictionaries, SparseCache
 from model import InputError, Llama, Tokenizer, door, find_folder
@@ -73,9 +73,9 @@ def generate(model, cache, prompt, count, choose, record=False, ends=()):
     seconds, bytes (the cache's nbytes) and memory (see peak_memory)."""
     device, token = prompt.device, prompt[:, -1:].clone()  # (B, 1): a step's input
     may_record = lambda: record and cache.replayable
-    step = Recorded(lambda: model(token, cache, last_only=True)[:, -1],
+    step = Replayed(lambda: model(token, cache, last_only=True)[:, -1],
                     lambda: cache.advance(1, replayed=True), may_record)
-    code = Recorded(lambda: cache.compress(),
+    code = Replayed(lambda: cache.compress(),
                     lambda: cache.advance(compressed=cache.window, replayed=True), may_record)
     peak_memory(device)  # counts from here
     for i in range(count):

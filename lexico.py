@@ -74,7 +74,7 @@ class Dictionaries:
         size = np.array([CODINGS[coding].nbytes_each(s) for s in offers]) / (2 * M)  # as shares
         if not size[0] <= share <= size[-1]:
             raise InputError(f"--sparsity auto:{100 * share:g}% is outside {100 * size[0]:.6g}% .. "
-                             f"{100 * size[-1]:.6g}%, what coding {coding} offers; choose within")
+                             f"{100 * size[-1]:.6g}%, what {coding} offers; choose within it")
         left, cost, taken = (share - size[0]) * len(harm), np.diff(size), np.zeros(len(harm), int)
         gain = np.minimum.accumulate(-np.diff(harm) / cost, axis=1)  # per byte, made never to rise
         for best in np.argsort(-gain, axis=None, kind="stable"):

@@ -17,7 +17,7 @@ def compile_layers():
     Layer.before_attention = for_one_token(Layer.before_attention)
     Layer.after_attention = for_one_token(Layer.after_attention)
 
-class Recorded:
+class Replayed:
     """A function without arguments that becomes a CUDA graph with its third call, if record() says
     so then. The first two calls let kernels compile and libraries find their memory. after_replay()
     does for a replay what Python did beside launching, such as counting tokens."""

@@ -35,14 +35,14 @@ def substitute(Qy, triangle, r, j, step, ROWS: tl.constexpr, S: tl.constexpr,
         Qy = tl.where(j == k, z, Qy - U * (z * step))
     return Qy
 
-@triton.jit(do_not_specialize=["items", "B"])
+@triton.jit(do_not_specialize=["items", "V"])
 def omp_kernel(Y, D, D_low, scratch, directions, sync, indices, coefficients, exponents, items,
-               B, SIZE: tl.constexpr, N: tl.constexpr, M: tl.constexpr, S: tl.constexpr,
+               V, SIZE: tl.constexpr, N: tl.constexpr, M: tl.constexpr, S: tl.constexpr,
                S_PADDED: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
                INDEX_MASK: tl.constexpr, SPLIT: tl.constexpr, LIMIT: tl.constexpr):
-    """OMP of B vectors for each dictionary; an item of work is ROWS vectors of one of them."""
+    """OMP of V vectors for each dictionary; an item of work is ROWS vectors of one of them."""
     TILES: tl.constexpr = N // ATOMS // SPLIT
-    part, items_each = tl.program_id(0) % SPLIT, tl.cdiv(B, ROWS)  # items of each dictionary
+    part, items_each = tl.program_id(0) % SPLIT, tl.cdiv(V, ROWS)  # items of each dictionary
     r, m, j = tl.arange(0, ROWS)[:, None], tl.arange(0, M)[None, :], tl.arange(0, S_PADDED)[None, :]
     residual = scratch + tl.program_id(0).to(tl.int64) * SIZE  # (ROWS, M), the program's own
     basis = directions + tl.program_id(0).to(tl.int64) * S * ROWS * M  # (S, ROWS, M)
@@ -50,7 +50,7 @@ def omp_kernel(Y, D, D_low, scratch, directions, sync, indices, coefficients, ex
     chosen = triangle + (S + 1) * ROWS * S_PADDED  # (ROWS, S_PADDED) atoms
     for item in range(tl.program_id(0) // SPLIT, items, tl.num_programs(0) // SPLIT):
         dictionary, group = (item // items_each).to(tl.int64), item % items_each
-        vector, real = dictionary * B + group * ROWS + r, r < B - group * ROWS  # (ROWS, 1)
+        vector, real = dictionary * V + group * ROWS + r, r < V - group * ROWS  # (ROWS, 1)
         y = tl.load(Y + vector * M + m, mask=real, other=0.0)
         tl.store(residual + r * M + m, y.to(tl.float32))
         for k in range(S):
@@ -140,7 +140,7 @@ def omp_kernel(Y, D, D_low, scratch, directions, sync, indices, coefficients, ex
 
 def launch(D, Y, sparsity, bits=0):
     """omp_fused on a GPU; None for what the kernel is not made for."""
-    (L, N, m), B, padded = D.shape, Y.shape[1], triton.next_power_of_2(sparsity)
+    (L, N, m), V, padded = D.shape, Y.shape[1], triton.next_power_of_2(sparsity)
     if (N % ATOMS.value or N > 2**15 or m % 16 or m > 256 or sparsity > 128 or Y.numel() == 0
             or D.dtype not in (torch.bfloat16, torch.float32) or Y.dtype == torch.float64):
         return None
@@ -149,31 +149,31 @@ def launch(D, Y, sparsity, bits=0):
         D, Y = (F.pad(x, (0, M - m)) for x in (D, Y))
     # As measured: few vectors want many loads in flight, many want three programs on a processor,
     # and very many, if few atoms are chosen, fewer reads of the dictionary.
-    rows = 16 if B <= 32 else 32 if B <= 128 else 64
-    if L * B >= 2**17 and M <= 128 and sparsity <= 8:
+    rows = 16 if V <= 32 else 32 if V <= 128 else 64
+    if L * V >= 2**17 and M <= 128 and sparsity <= 8:
         rows = 128
     stages = 3 if M > 128 or rows in (32, 128) else 4
     size = rows * (M + (2 + sparsity) * padded)  # scratch of a program, in numbers
     room = 2**26 // (rows * sparsity * M)  # programs: bases of 256 MB serve any number
     processors = torch.cuda.get_device_properties(D.device).multi_processor_count
-    tiles, items, split = N // ATOMS.value, L * triton.cdiv(B, rows), 1
+    tiles, items, split = N // ATOMS.value, L * triton.cdiv(V, rows), 1
     while 2 * split * items <= min(processors, room) and tiles % (2 * split) == 0:
         split *= 2
     programs = min(items * split, 3 * processors, room)
     scratch = D.new_empty(programs * size, dtype=torch.float32)
     kept = torch.float16 if D.dtype == torch.bfloat16 else torch.float32  # all programs' bases
     directions = D.new_empty(programs * sparsity * rows * M, dtype=kept)
-    sync = D.new_zeros(items + L * B * sparsity if split > 1 else 1, dtype=torch.int32)
-    indices, exponents = (D.new_empty(L, B, n, dtype=torch.int64) for n in (sparsity, 1))
-    coefficients = D.new_empty(L, B, sparsity, dtype=torch.int64 if bits else torch.float32)
+    sync = D.new_zeros(items + L * V * sparsity if split > 1 else 1, dtype=torch.int32)
+    indices, exponents = (D.new_empty(L, V, n, dtype=torch.int64) for n in (sparsity, 1))
+    coefficients = D.new_empty(L, V, sparsity, dtype=torch.int64 if bits else torch.float32)
     D_low = D  # Triton's interpreter multiplies neither in bf16 nor in FP8
     if D.is_cuda:
         fp8 = split == 1 and torch.cuda.get_device_capability(D.device) >= (8, 9)
         D_low = (16 * D).to(torch.float8_e4m3fn) if fp8 else D.to(torch.bfloat16)
     omp_kernel[(programs,)](
         Y.contiguous(), D.contiguous(), D_low.contiguous(), scratch, directions, sync,
-        indices, coefficients, exponents, items, B, size, N, M, sparsity, padded, rows,
+        indices, coefficients, exponents, items, V, size, N, M, sparsity, padded, rows,
         min(rows, 4096 // M), triton.next_power_of_2(N) - 1, split,
         2.0 ** (bits - 1) - 1 if bits else 0, num_warps=4, num_stages=stages,
-        maxnreg=168 if B > 128 else None)
+        maxnreg=168 if V > 128 else None)
     return (indices, coefficients, exponents) if bits else (indices, coefficients)

@@ -13,7 +13,7 @@ TASKS = {"choice": {"output_type": "multiple_choice", "doc_to_choice": "{{choice
          "text": {"output_type": "generate_until",
                   "generation_kwargs": {"until": [".", "!"], "max_gen_toks": 30}},
          "whole": {"output_type": "loglikelihood_rolling", "doc_to_text": "",
-                   "doc_to_target": "{{text}}", "metric_list": [{"metric": "bits_per_byte"}]}}
+                   "doc_to_target": "{{choices[0]}}", "metric_list": [{"metric": "bits_per_byte"}]}}
 
 @pytest.fixture
 def rows(tmp_path):
@@ -53,7 +53,7 @@ def test_dense_results_are_those_of_transformers_and_sparse_ones_are_near(rows, 
 
     for prompt, choices in (row.values() for row in rows):
         T = encode(prompt).shape[1]
-        texts.append(score(encode(prompt), 1))
+        texts.append(score(encode(choices[0]), 1))
         expected += [score(encode(prompt, choice), T) for choice in choices]
         new = model.generate(encode(prompt), max_new_tokens=30, do_sample=False)[0, T:]
         said.append(tokenizer.decode(new, skip_special_tokens=True).replace("!", ".").split(".")[0])

@@ -120,7 +120,8 @@ def test_a_text_depends_on_prompt_and_seed_not_on_where_it_comes_from(tmp_path):
     assert {path.name for path in tmp_path.iterdir()} == {"prompt", "link", "real", "fifo"}
 
 @pytest.mark.parametrize("options, sign, last", [
-    ("--max-new-tokens 1500", "    5", "interrupted"), ("--compare", "sparse: ", "")])
+    ("--max-new-tokens 1500", "    5", "interrupted"),
+    ("--max-new-tokens 99 --compare", "sparse: ", "")])
 def test_ctrl_c_ends_with_the_summary_so_far(options, sign, last):
     process = start(f"generate.py {options}")
     next(line for line in process.stdout if line.startswith(sign))

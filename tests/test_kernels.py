@@ -16,7 +16,7 @@ from conftest import ROOT, SHAPES
 
 import kernels
 from generate import generate
-from kernels.graphs import Recorded, compile_layers
+from kernels.graphs import Replayed, compile_layers
 from lexico import CODINGS, DenseCache, Dictionaries, FP8Codes, SparseCache, attend_codes
 from model import Layer, Llama, best_device
 from omp import omp, pursue, relative_error, solve
@@ -176,7 +176,7 @@ def test_recorded_counts_what_replays_do_not(answer, end, monkeypatch):
     log = Mock(may_record=Mock(return_value=answer))
     monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: log)  # whose replay is logged, too
     monkeypatch.setattr(torch.cuda, "graph", lambda graph, **options: torch.no_grad())
-    step = Recorded(log.run, log.count, log.may_record)
+    step = Replayed(log.run, log.count, log.may_record)
     for _ in range(4):
         step()
     assert [name for name, *_ in log.method_calls] == ["run", "run", *end.split()]
