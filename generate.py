@@ -384,7 +384,8 @@ def main():
             figures["agreement"] = same = agreement(steps, dense, forced)
             say(f"agreement: the first {same['shared_tokens']} tokens are shared. Along the dense "
                 f"text, mean KL(dense || sparse) is {same['kl']:.4f} and the likeliest token the "
-                f"same {same['top1']:.1%} of the time")
+                f"same {same['top1']:.1%} of the time" + (
+                    "" if steps[-1]["bytes"]["codes"] else "; but nothing was coded yet"))
         figures["steps"] = [{"token": step["token"], "forward": step["forward"],
                              "coding": step["coding"], **step["bytes"]} for step in steps]
         write((json.dumps(figures, indent=1) + "\n").encode())
