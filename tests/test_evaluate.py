@@ -21,7 +21,7 @@ def rows(tmp_path):
     words = (TINY / "held-out.txt").read_text().split(" ")
     part = lambda start, count: " ".join(words[start:start + count])
     rows = [{"text": part(i, 70), "choices": [part(i + 70, 6), part(i + 370, 6)]}
-            for i in range(0, 800, 200)]
+            for i in range(0, 600, 200)]
     (tmp_path / "rows").write_text("\n".join(map(json.dumps, rows)))
     data = {"data_files": {"test": f"{tmp_path}/rows"}, "cache_dir": f"{tmp_path}"}
     for name, kind in TASKS.items():
