@@ -183,6 +183,12 @@ def test_dictionaries_come_back_as_they_were_saved_and_must_fit(tmp_path):
     with pytest.raises((AssertionError, RuntimeError)):  # torch's own, and no word of damage
         Dictionaries.load(tmp_path / "d", "cuda:99")
 
+def test_a_dictionary_is_found_by_the_owner_too(tmp_path, monkeypatch):
+    monkeypatch.setattr(lexico, "find_folder", lambda model: tmp_path)  # instead of the Hub
+    name = "SmolLM2-135M-Instruct"
+    assert Dictionaries.find(f"HuggingFaceTB/{name}").name == f"HuggingFaceTB--{name}.safetensors"
+    assert says("no dictionary is known", Dictionaries.find, f"nobody/{name}")
+
 @pytest.mark.parametrize("name, values", MALFORMED["dictionary"].items())
 def test_damaged_dictionaries_are_refused_by_name(tmp_path, name, values):
     for value in values:
