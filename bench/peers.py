@@ -227,8 +227,10 @@ def methods(model, calibration, spared, length):
     for r in (0.2, 0.4, 0.6):  # bits: numbers, channels' and tokens' grids, and who is salient
         bits = 2 + 2 * r + (64 + 16) / 2 / length + 32 / 2 / width + 1 / (2 * width)
         add_after_prompt(f"ZipCache {r:.0%}", bits / 16, partial(zipcache, r, buffer, sinks))
-    for d in (d for d in (8, 4, 2) if m % d == 0):
-        add(f"product quantisation d={d}", 1 / 2 / d, partial(product_codes, d, calibration, sinks))
+    for d in (8, 4, 2):
+        if m % d == 0:
+            add(f"product quantisation d={d}", 1 / 2 / d,
+                partial(product_codes, d, calibration, sinks))
     for r in (0.06, 0.09, 0.12, 0.18, 0.25):
         add(f"transform {r:.0%}", r, partial(transform, r, model, calibration, sinks))
         table[f"KVTC {r:.0%}"] = r, partial(kvtc, r, model, calibration, spared)
